@@ -1,0 +1,62 @@
+"""Where the published weights lie: one flat buffer and the place of each HF-named tensor in it."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """offset: bytes from the start of the buffer. dtype: torch name without prefix, e.g. 'float32'."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def nbytes(self) -> int:
+        count = 1
+        for n in self.shape:
+            count *= n
+        return count * getattr(torch, self.dtype).itemsize
+
+
+@dataclass(frozen=True)
+class WeightsManifest:
+    """segment: name of a POSIX shared-memory segment that holds `entries`, in order, without gaps but alignment."""
+
+    segment: str
+    entries: tuple[TensorEntry, ...]
+    nbytes: int
+
+
+ALIGNMENT = 64
+
+
+def layout(segment: str, tensors: dict[str, tuple[str, tuple[int, ...]]]) -> WeightsManifest:
+    """Give each tensor (name → dtype, shape) its aligned place."""
+    entries, offset = [], 0
+    for name, (dtype, shape) in tensors.items():
+        entry = TensorEntry(name, dtype, tuple(shape), offset)
+        entries.append(entry)
+        offset += -(-entry.nbytes // ALIGNMENT) * ALIGNMENT
+    return WeightsManifest(segment, tuple(entries), offset)
+
+
+def view(buffer: memoryview, entry: TensorEntry) -> torch.Tensor:
+    """The entry's bytes as a tensor that shares memory with the buffer."""
+    flat = torch.frombuffer(buffer, dtype=torch.uint8, count=entry.nbytes, offset=entry.offset)
+    return flat.view(getattr(torch, entry.dtype)).view(entry.shape)
+
+
+def checksum(tensor: torch.Tensor) -> str:
+    """128-bit BLAKE2b of dtype, shape and bytes: equal exactly when the tensors are bit-identical."""
+    data = tensor.detach().contiguous().cpu()
+    digest = hashlib.blake2b(f"{data.dtype}{tuple(data.shape)}".encode(), digest_size=16)
+    digest.update(np.ascontiguousarray(data.reshape(-1).view(torch.uint8).numpy()).data)
+    return digest.hexdigest()

@@ -1,0 +1,96 @@
+"""The engine protocol: what the coordinator may ask of anything that generates tokens.
+
+`embedded` runs in process; a server behind HTTP fits the same calls. Every method is called from one thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from megatron_pbsd.resharding.manifest import WeightsManifest
+from megatron_pbsd.trajectory import FinishReason, VersionSpan
+
+
+class EngineError(RuntimeError):
+    """An engine could not do what it was asked; the message names the engine, the request and the cause."""
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A request to continue `tokens` by at most `max_new_tokens`.
+
+    request_id:   one per trajectory. The engine may keep the KV of a finished chunk under this id, so that the next
+                  chunk of the trajectory (whose `tokens` begin with what was seen) prefills only what is new.
+    seed:         key of counter-based sampling together with `request_id` and the absolute position of the sampled
+                  token: the same chunk gives the same tokens whatever else runs beside it, and however it is cut.
+    temperature:  0 is greedy. Log-probs are always reported at temperature 1.
+    stop_token_ids:  generation ends after any of these; the stop token is part of the result.
+    """
+
+    request_id: str
+    tokens: tuple[int, ...]
+    max_new_tokens: int
+    seed: int
+    temperature: float = 1.0
+    stop_token_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class ChunkResult:
+    """tokens/log_probs: the new tokens alone. cached_tokens: prompt tokens that were not prefilled again."""
+
+    request_id: str
+    tokens: tuple[int, ...]
+    log_probs: tuple[float, ...]
+    finish_reason: FinishReason
+    cached_tokens: int
+    versions: tuple[VersionSpan, ...]
+    routed_experts: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class EngineStatistics:
+    """Counters since the engine started, gauges as they are now."""
+
+    version: int
+    running: int
+    waiting: int
+    cached_requests: int
+    generated_tokens: int
+    prefilled_tokens: int
+    cached_tokens: int
+    decode_steps: int
+    busy_seconds: float
+
+
+class Engine(Protocol):
+    def submit(self, chunks: Sequence[Chunk]) -> None:
+        """Queue chunks. EngineError on a duplicate running id or a context that can never fit."""
+
+    def collect(self) -> list[ChunkResult]:
+        """Work until at least one chunk has ended and return all that have. Empty only when nothing is queued."""
+
+    def abort(self, request_ids: Sequence[str]) -> None:
+        """End these chunks; what they generated comes back from `collect` with finish_reason 'abort'."""
+
+    def release(self, request_ids: Sequence[str]) -> None:
+        """Forget cached KV of trajectories that are over. Unknown ids are ignored."""
+
+    def update_weights(self, manifest: WeightsManifest, version: int) -> None:
+        """Copy every tensor of the manifest into the parameters in place; drops all cached KV.
+
+        EngineError naming the tensor when one is missing, unexpected, or of another shape or dtype.
+        """
+
+    def checksums(self) -> dict[str, str]:
+        """HF tensor name → checksum of the bytes the engine computes with (resharding.manifest.checksum)."""
+
+    def score(self, sequences: Sequence[Sequence[int]]) -> list[np.ndarray]:
+        """Log-prob of each token given its predecessors, float32 [T_i]; position 0 is 0. Uses no cache."""
+
+    def statistics(self) -> EngineStatistics:
+        """See EngineStatistics."""
