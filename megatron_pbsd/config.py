@@ -1,0 +1,223 @@
+"""The whole run as one typed tree. YAML in, `--a.b value` overrides on top, every error at once.
+
+A component is handed the part it needs, never the tree. Durations are seconds, sizes bytes unless a name says
+otherwise. `launcher/overrides.py` turns files and command lines into a `RunConfig`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+PositiveInt = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class ModelConfig(Section):
+    path: str
+    """Folder in Hugging Face format: config.json, model.safetensors, tokenizer.json."""
+    initial_weights: Literal["load", "random"] = "load"
+    """`random` starts from the config alone, by the run's seed (base-policy training)."""
+
+
+class ParallelConfig(Section):
+    """Layout of the learner; data-parallel size is world_size / (tp * pp)."""
+
+    world_size: PositiveInt = 2
+    """Number of learner ranks."""
+    tp: PositiveInt = 2
+    """Tensor-parallel size."""
+    pp: PositiveInt = 1
+    """Pipeline-parallel size."""
+
+    @property
+    def dp(self) -> int:
+        return self.world_size // (self.tp * self.pp)
+
+    @model_validator(mode="after")
+    def _divides(self) -> ParallelConfig:
+        if self.world_size % (self.tp * self.pp):
+            valid = sorted({t * p for t in range(1, self.world_size + 1) for p in range(1, self.world_size + 1)
+                            if self.world_size % (t * p) == 0})
+            raise ValueError(
+                f"world_size = {self.world_size} is not a multiple of tp * pp = {self.tp} * {self.pp} = "
+                f"{self.tp * self.pp}; with {self.world_size} ranks tp * pp may be one of {valid}")
+        return self
+
+
+class OptimizerConfig(Section):
+    """Adam (Kingma & Ba 2015) with decoupled weight decay, as Megatron-core builds it."""
+
+    lr: Annotated[float, Field(gt=0)] = 3e-4
+    min_lr: Annotated[float, Field(ge=0)] = 0.0
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    decay_style: Literal["constant", "linear", "cosine"] = "constant"
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    beta1: Fraction = 0.9
+    beta2: Fraction = 0.95
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    clip_grad: Annotated[float, Field(gt=0)] = 1.0
+    """Largest global gradient norm."""
+
+
+class LearnerConfig(Section):
+    parallel: ParallelConfig = ParallelConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    micro_batch_tokens: PositiveInt = 4096
+    """Upper bound of padded tokens in one micro-batch; sequences of like length share one."""
+    updates_per_step: PositiveInt = 1
+    """Optimizer steps per rollout batch: groups are dealt to this many mini-batches."""
+    deadline_s: Annotated[float, Field(gt=0)] = 300.0
+    """After this long without an answer a learner phase is declared hung."""
+
+
+class RolloutConfig(Section):
+    engines: PositiveInt = 2
+    """Number of embedded engines."""
+    slots: PositiveInt = 64
+    """Sequences that one engine decodes at a time."""
+    prompts_per_step: PositiveInt = 16
+    group_size: Annotated[int, Field(ge=2)] = 8
+    """Trajectories per prompt."""
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    max_turns: PositiveInt = 6
+    max_turn_tokens: PositiveInt = 32
+    """Most tokens the policy may generate in one turn."""
+    max_context: PositiveInt = 512
+    """Most tokens of a trajectory, prompt included."""
+    deadline_s: Annotated[float, Field(gt=0)] = 300.0
+    """After this long without a finished chunk an engine is declared hung."""
+    probe_tolerance: Annotated[float, Field(gt=0)] = 1e-4
+    """Largest |engine - learner| log-prob on the probe batch after a publication (nats)."""
+
+
+class EnvironmentConfig(Section):
+    name: Literal["search_qa"] = "search_qa"
+    retriever: Literal["bm25", "none"] = "bm25"
+    """`none` returns nothing for any query: the control that shows answers come from the tool."""
+    search_budget: PositiveInt = 4
+    """Search calls per trajectory; further calls get an observation that says so."""
+    observation_words: PositiveInt = 28
+    """Passages are cut to this many words."""
+    train_split: str = "train"
+    hops: tuple[Annotated[int, Field(ge=1, le=3)], ...] = (1, 2, 3)
+
+
+class PolicyLossConfig(Section):
+    """Clipped policy-gradient loss (PPO, arXiv 1707.06347, eq. 7, with DAPO's decoupled bounds)."""
+
+    clip_low: Fraction = 0.2
+    clip_high: Fraction = 0.28
+    kl_coefficient: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the k3 estimate of KL(policy || policy at the start of the step)."""
+    entropy_coefficient: float = 0.0
+    mismatch_cap: Annotated[float, Field(gt=0)] = 2.0
+    """Token-level truncated importance weight min(pi_old / pi_rollout, cap)."""
+
+
+class GRPOConfig(Section):
+    """Group-relative policy optimisation (arXiv 2402.03300): reward minus the mean of its own group."""
+
+    name: Literal["grpo"] = "grpo"
+    normalise_std: bool = True
+    """Divide by the group's standard deviation."""
+    loss: PolicyLossConfig = PolicyLossConfig()
+
+
+class PBSDConfig(Section):
+    """Privileged Bayesian self-distillation: GRPO's outcome advantage redistributed over turns (PBSD.md)."""
+
+    name: Literal["pbsd"] = "pbsd"
+    normalise_std: bool = True
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    """T in m_k = clip(exp(sign(A) c_k / T), 1 - epsilon, 1 + epsilon)."""
+    epsilon: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    snr_gate: Annotated[float, Field(ge=0)] = 1.0
+    """g: a turn keeps m_k = 1 unless |c_k| > g * std_tokens(delta) / sqrt(n_k). 0 switches the gate off."""
+    normalise_length: bool = True
+    """Use the mean evidence per token of a turn instead of its sum."""
+    exclude_answer_span: bool = True
+    """Leave the final answer's text out of the evidence: the teacher can copy it."""
+    teacher_answer: Literal["verified", "shuffled", "neutral"] = "verified"
+    """Controls: another prompt's answer, or neutral text of the same length."""
+    loss: PolicyLossConfig = PolicyLossConfig()
+
+
+class SFTConfig(Section):
+    """Supervised fine-tuning on scripted demonstrations: makes the base policy."""
+
+    name: Literal["sft"] = "sft"
+    sequences_per_step: PositiveInt = 64
+    privileged_fraction: Fraction = 0.5
+    """Share of demonstrations in the privileged prompt format."""
+    good_habits: Fraction = 0.4
+    """Share of flawless demonstrations in the plain format."""
+    good_habits_privileged: Fraction = 0.8
+    """The same in the privileged format: how a small model learns what the hint is for."""
+    fictional_names: Fraction = 0.5
+    """Share of demonstrations whose entities are replaced by made-up names, so that they can only be copied."""
+
+
+class EvaluationConfig(Section):
+    every: Annotated[int, Field(ge=0)] = 10
+    """Steps between evaluations; 0 evaluates only the first and the last policy."""
+    split: str = "heldout"
+    prompts: PositiveInt = 200
+    temperature: Annotated[float, Field(ge=0)] = 0.0
+    at_start: bool = True
+
+
+class CheckpointConfig(Section):
+    every: Annotated[int, Field(ge=0)] = 20
+    """Steps between checkpoints; 0 keeps only the last."""
+    keep: PositiveInt = 2
+    export_hf: bool = True
+    """Write the final policy in Hugging Face format too."""
+
+
+class ObservabilityConfig(Section):
+    wandb: Literal["disabled", "offline", "online"] = "disabled"
+    progress: bool = True
+    trajectories_kept: Annotated[int, Field(ge=0)] = 0
+    """Trajectory files of the last n steps are kept; 0 keeps all."""
+
+
+class RunConfig(Section):
+    """A run. Its folder is `<runs>/<name>`."""
+
+    name: str
+    runs: str = "runs"
+    seed: Annotated[int, Field(ge=0)] = 1
+    steps: PositiveInt
+    runtime: Literal["ray", "inline"] = "ray"
+    """`inline` runs every component in one process, for debugging; needs one learner rank."""
+    ray_port: Annotated[int, Field(ge=1024, le=65535)] | None = None
+    """Port of the local Ray head; None takes a free one."""
+    model: ModelConfig
+    algorithm: Annotated[GRPOConfig | PBSDConfig | SFTConfig, Field(discriminator="name")] = PBSDConfig()
+    learner: LearnerConfig = LearnerConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    environment: EnvironmentConfig = EnvironmentConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    observability: ObservabilityConfig = ObservabilityConfig()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> RunConfig:
+        problems = []
+        if self.runtime == "inline" and self.learner.parallel.world_size != 1:
+            problems.append(
+                f"learner.parallel.world_size = {self.learner.parallel.world_size} needs runtime = 'ray'; "
+                "runtime = 'inline' holds one rank: set learner.parallel.world_size and tp, pp to 1")
+        if self.learner.updates_per_step > self.rollout.prompts_per_step:
+            problems.append(
+                f"learner.updates_per_step = {self.learner.updates_per_step} exceeds rollout.prompts_per_step = "
+                f"{self.rollout.prompts_per_step}: a mini-batch needs at least one group")
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
