@@ -65,9 +65,7 @@ def transformer_config(
         calculate_per_token_loss=True,
         # Micro-batches of one call differ in shape; core allows that with this dispatcher only, dense models too.
         variable_seq_lengths=parallel.pp > 1,
-        moe_token_dispatcher_type="alltoall",
-        # Weights are loaded, or drawn independently of the layout, afterwards.
-        perform_initialization=False)
+        moe_token_dispatcher_type="alltoall")
 
 
 def build_model(
