@@ -98,6 +98,11 @@ def test_the_same_seed_gives_the_same_questions(search_data):
     assert again == search_data.questions
 
 
+def test_few_questions_are_given_when_few_are_wanted(search_data):
+    few = generate_questions(search_data.corpus, search_data.facts, search_data.retriever, {"heldout": 5})
+    assert [question.task.hops for question in few["heldout"]] == [1] * 5 + [2] * 5 + [3] * 5
+
+
 def test_unknown_split_is_named(search_data):
     with pytest.raises(ValueError, match="'validation'.*'train'.*'heldout'"):
         generate_questions(search_data.corpus, search_data.facts, search_data.retriever, {"validation": 1})

@@ -131,7 +131,7 @@ def _official_language(text: str) -> str | None:
 def _largest_city(text: str) -> str | None:
     """The largest of '2.902 million Algiers (capital), 936,000 Oran (2022)'.
 
-    The factbook lists the capital and what has over about 700,000 inhabitants: a smaller capital may not be the largest.
+    The factbook lists the capital and what has over about 700,000 inhabitants: a smaller one may not be the largest.
     """
     cities = re.findall(r"([\d.,]*\d)( million)? ([A-Z][^,(\d]*[^,(\d ])", text)
     if not cities:

@@ -138,7 +138,7 @@ def _sample(chains: list[tuple[Hop, ...]], limit: int, rng: random.Random) -> li
     for chain in chains:
         groups[chain[-1].relation, chain[-1].inverse].append(chain)
     while True:
-        chosen = _round_robin(groups.values(), limit, int(limit * MAX_ANSWER_SHARE))
+        chosen = _round_robin(groups.values(), limit, max(1, int(limit * MAX_ANSWER_SHARE)))
         if len(chosen) == limit:
             rng.shuffle(chosen)
             return chosen
