@@ -10,19 +10,19 @@ from collections.abc import Iterator, Sequence
 
 from megatron_pbsd.batch import Batch
 from megatron_pbsd.config import RunConfig
-from megatron_pbsd.environments import Task
+from megatron_pbsd.environments import Environment, Task
 from megatron_pbsd.rollout.coordinator import RolloutRequest
 from megatron_pbsd.trajectory import Group
 
 
-def requests(tasks: Sequence[Task], config: RunConfig, step: int) -> list[RolloutRequest]:
+def requests(environment: Environment, tasks: Sequence[Task], config: RunConfig, step: int) -> list[RolloutRequest]:
     """The prompts of training step `step` (from 1), each asked for a whole group.
 
     Every epoch is a new permutation of all tasks, so no prompt repeats before all were asked.
     """
     count = config.rollout.prompts_per_step
     chosen = tasks_between(tasks, config.seed, (step - 1) * count, step * count)
-    answers = teacher_answers(chosen, config)
+    answers = disclosed_answers(environment, chosen, config)
     return [
         RolloutRequest(group_id=f"{step}/{i}", task=task, samples=config.rollout.group_size, privileged_answer=answer)
         for i, (task, answer) in enumerate(zip(chosen, answers, strict=True))
@@ -46,15 +46,15 @@ def tasks_between(tasks: Sequence[Task], seed: int, start: int, stop: int) -> li
     return chosen
 
 
-def teacher_answers(tasks: Sequence[Task], config: RunConfig) -> list[str]:
+def disclosed_answers(environment: Environment, tasks: Sequence[Task], config: RunConfig) -> list[str]:
     """What the privileged prompt discloses: the verified answer, or a control's stand-in for it (PBSD.md, trap 6)."""
-    control = getattr(config.algorithm, "teacher_answer", "verified")
+    control = config.algorithm.teacher_answer if config.algorithm.name == "pbsd" else "verified"
     answers = [task.answers[0] for task in tasks]
     if control == "shuffled":
-        # Another prompt's answer: a rotation never gives a prompt its own.
+        # A rotation: no prompt is given its own answer.
         return answers[1:] + answers[:1]
     if control == "neutral":
-        return [" ".join(["item"] * len(answer.split())) for answer in answers]
+        return [environment.neutral_text(answer) for answer in answers]
     return answers
 
 

@@ -35,7 +35,7 @@ def train_with_rewards(run: Components) -> None:
     start(run)
     for step in range(run.done + 1, config.steps + 1):
         with recorder.phase("rollout"):
-            groups, metrics = run.rollout.collect(requests(tasks, config, step), step)
+            groups, metrics = run.rollout.collect(requests(run.environment, tasks, config, step), step)
         with recorder.phase("reward"):
             groups = run.reward(groups)
         with recorder.phase("log_probs"):
