@@ -28,7 +28,7 @@ class TensorEntry:
 
 @dataclass(frozen=True)
 class WeightsManifest:
-    """segment: name of a POSIX shared-memory segment that holds `entries`, in order, without gaps but alignment."""
+    """segment: name of the shared-memory segment (resharding.shared_memory) that holds `entries`, in order, without gaps but alignment."""
 
     segment: str
     entries: tuple[TensorEntry, ...]
@@ -48,10 +48,9 @@ def layout(segment: str, tensors: dict[str, tuple[str, tuple[int, ...]]]) -> Wei
     return WeightsManifest(segment, tuple(entries), offset)
 
 
-def view(buffer: memoryview, entry: TensorEntry) -> torch.Tensor:
-    """The entry's bytes as a tensor that shares memory with the buffer."""
-    flat = torch.frombuffer(buffer, dtype=torch.uint8, count=entry.nbytes, offset=entry.offset)
-    return flat.view(getattr(torch, entry.dtype)).view(entry.shape)
+def view(flat: torch.Tensor, entry: TensorEntry) -> torch.Tensor:
+    """The entry's part of the buffer `flat` (uint8 [nbytes]) as a tensor that shares its memory."""
+    return flat[entry.offset : entry.offset + entry.nbytes].view(getattr(torch, entry.dtype)).view(entry.shape)
 
 
 def checksum(tensor: torch.Tensor) -> str:

@@ -1,0 +1,38 @@
+"""Process groups of the learner: one world, divided by Megatron-core into tensor, pipeline and data parallel groups."""
+
+from __future__ import annotations
+
+import math
+from datetime import timedelta
+
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from megatron_pbsd.config import ParallelConfig
+from megatron_pbsd.models.parameters import RankCoordinates, coordinates
+from megatron_pbsd.platform import Platform
+
+
+def connect(
+    platform: Platform, parallel: ParallelConfig, rank: int, rendezvous: str, deadline_s: float
+) -> RankCoordinates:
+    """Join the world at `rendezvous` ('tcp://host:port'). Collectives that outlast the deadline raise."""
+    dist.init_process_group(
+        platform.backend, init_method=rendezvous, rank=rank, world_size=parallel.world_size,
+        timeout=timedelta(seconds=deadline_s))
+    parallel_state.initialize_model_parallel(
+        parallel.tp, parallel.pp, create_gloo_process_groups=platform.backend != "gloo",
+        distributed_timeout_minutes=math.ceil(deadline_s / 60))
+    at = RankCoordinates(
+        tp=parallel_state.get_tensor_model_parallel_rank(),
+        dp=parallel_state.get_data_parallel_rank(),
+        pp=parallel_state.get_pipeline_model_parallel_rank())
+    if at != coordinates(parallel, rank):
+        raise RuntimeError(f"Megatron-core placed rank {rank} at {at}; the parameter map expects "
+                           f"{coordinates(parallel, rank)}")
+    return at
+
+
+def disconnect() -> None:
+    parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()

@@ -1,0 +1,103 @@
+"""Hugging Face weights in and out of a rank's parameters, by the map in `models`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+from megatron_pbsd.models.parameters import Index, ParameterMap, local_shape
+from megatron_pbsd.resharding.manifest import WeightsManifest, view
+
+Source = Callable[[str, Index], torch.Tensor]
+"""(Hugging Face name, index) → that part of the tensor."""
+
+
+def stored(folder: str, shapes: Mapping[str, tuple[int, ...]]) -> Source:
+    """Tensors of a folder's safetensors files, read part by part.
+
+    ValueError naming every tensor that is missing, unexpected or of another shape. A stored lm_head is allowed
+    beside a tied embedding: some writers keep the copy.
+    """
+    files = _files_by_tensor(Path(folder))
+    tied_copy = {"lm_head.weight"} - set(shapes)
+    problems = [f"{name} is missing" for name in shapes if name not in files]
+    problems += [f"{name} is unexpected" for name in files if name not in shapes and name not in tied_copy]
+    handles = {file: safe_open(file, framework="pt") for file in sorted(set(files.values()))}
+    for name, shape in shapes.items():
+        if name in files:
+            found = tuple(handles[files[name]].get_slice(name).get_shape())
+            if found != shape:
+                problems.append(f"{name} has shape {found}, config.json implies {shape}")
+    if problems:
+        raise ValueError(f"weights in {folder}: " + "; ".join(problems))
+    return lambda name, index: handles[files[name]].get_slice(name)[index]
+
+
+def _files_by_tensor(folder: Path) -> dict[str, Path]:
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        return {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
+    file = folder / "model.safetensors"
+    if not file.is_file():
+        raise FileNotFoundError(f"{folder} has neither model.safetensors nor model.safetensors.index.json; "
+                                "model.initial_weights = 'random' starts without weights")
+    with safe_open(file, framework="pt") as handle:
+        return dict.fromkeys(handle.keys(), file)
+
+
+def random(shapes: Mapping[str, tuple[int, ...]], std: float, seed: int) -> Source:
+    """Norm weights 1, matrices normal(0, std); a tensor depends on its name and the seed, never on the layout."""
+
+    @lru_cache(maxsize=3)
+    def whole(name: str) -> torch.Tensor:
+        if len(shapes[name]) == 1:
+            return torch.ones(shapes[name])
+        digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+        return torch.empty(shapes[name]).normal_(0, std, generator=generator)
+
+    return lambda name, index: whole(name)[index]
+
+
+def fill(parameters: Mapping[str, torch.Tensor], pieces: ParameterMap, source: Source) -> None:
+    """Set every parameter. ValueError when the map and the model do not name the same parameters and shapes."""
+    expected = {name: local_shape(parts) for name, parts in pieces.items()}
+    found = {name: tuple(p.shape) for name, p in parameters.items()}
+    if expected != found:
+        differing = sorted(n for n in expected.keys() | found.keys() if expected.get(n) != found.get(n))
+        raise ValueError("the parameter map does not fit the model: " + "; ".join(
+            f"{n}: map {expected.get(n)}, model {found.get(n)}" for n in differing))
+    with torch.no_grad():
+        for name, parts in pieces.items():
+            for piece in parts:
+                parameters[name][piece.local_index].copy_(source(piece.hf_name, piece.hf_index))
+
+
+def publish(parameters: Mapping[str, torch.Tensor], pieces: ParameterMap, manifest: WeightsManifest) -> None:
+    """Write this rank's primary pieces into the manifest's segment; over all ranks each byte is written once.
+
+    ValueError when a tensor is not in the manifest or differs in dtype.
+    """
+    # Mapped as a file: attaching through multiprocessing would hand the segment to this process's resource tracker.
+    segment = torch.from_file(
+        f"/dev/shm/{manifest.segment}", shared=True, size=manifest.nbytes, dtype=torch.uint8).numpy().data
+    entries = {entry.name: entry for entry in manifest.entries}
+    with torch.no_grad():
+        for name, parts in pieces.items():
+            for piece in parts:
+                if not piece.primary:
+                    continue
+                entry = entries.get(piece.hf_name)
+                if entry is None:
+                    raise ValueError(f"the weights manifest has no tensor {piece.hf_name!r}")
+                target = view(segment, entry)
+                if target.dtype != parameters[name].dtype:
+                    raise ValueError(f"{piece.hf_name}: the manifest says {target.dtype}, "
+                                     f"the learner holds {parameters[name].dtype}")
+                target[piece.hf_index].copy_(parameters[name][piece.local_index])

@@ -1,0 +1,153 @@
+"""Megatron-core on a CPU with gloo.
+
+Megatron-core 0.16.1 says 'cuda' in many places that would work on any device. `running()` stands in for those
+calls while Megatron code runs and takes the stand-ins away afterwards. Every patched symbol is checked first, so
+that another version of Megatron-core or torch fails here with its name, not later with wrong numbers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+if TYPE_CHECKING:
+    from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+MEGATRON_VERSION = "0.16.1"
+CPU = torch.device("cpu")
+
+
+class PlatformError(RuntimeError):
+    """The installed Megatron-core is not the one these stand-ins were written for."""
+
+
+def require_symbols(owner: Any, names: tuple[str, ...]) -> None:
+    """PlatformError naming the first symbol that is missing from `owner`."""
+    for name in names:
+        if not hasattr(owner, name):
+            raise PlatformError(
+                f"{owner.__name__}.{name} does not exist; the CPU platform replaces it and was written for "
+                f"megatron-core {MEGATRON_VERSION}")
+
+
+def _is_cuda(device: object) -> bool:
+    return str(device).startswith("cuda") if isinstance(device, str | torch.device) else False
+
+
+class _CudaAsCpu(TorchFunctionMode):
+    """Tensors asked for on 'cuda' are made on the CPU; pinned memory, which needs a GPU driver, is ordinary memory."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is torch.Tensor.cuda:
+            return args[0]
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            # Megatron's optimizer and clipping compare Tensor.type() with 'torch.cuda.FloatTensor'.
+            return func(*args).replace("torch.", "torch.cuda.", 1)
+        if "device" in kwargs and _is_cuda(kwargs["device"]):
+            kwargs = {**kwargs, "device": CPU}
+        if kwargs.get("pin_memory"):
+            kwargs = {**kwargs, "pin_memory": False}
+        return func(*args, **kwargs)
+
+
+class _Stream:
+    """A stream on a device whose work is done when the call returns."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        pass
+
+    def wait_stream(self, stream: object) -> None:
+        pass
+
+
+_CUDA_STAND_INS = {
+    "current_device": lambda: CPU,
+    "synchronize": lambda *args, **kwargs: None,
+    "Stream": _Stream,
+    "current_stream": _Stream,
+    "default_stream": _Stream,
+    "get_rng_state": lambda *args, **kwargs: torch.get_rng_state(),
+    "manual_seed": torch.manual_seed,
+}
+
+
+def _set_rng_state(state: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+    torch.set_rng_state(state)
+
+
+class Cpu:
+    name = "cpu"
+    backend = "gloo"
+    dtype = torch.float32
+    distributed_optimizer = False
+
+    def device(self, rank: int) -> torch.device:
+        return CPU
+
+    def prepare(self) -> None:
+        installed = version("megatron-core")
+        if installed != MEGATRON_VERSION:
+            raise PlatformError(f"megatron-core {installed} is installed; the CPU platform needs {MEGATRON_VERSION}")
+        from megatron.core.tensor_parallel import random
+
+        require_symbols(torch.cuda, tuple(_CUDA_STAND_INS))
+        require_symbols(random, ("_get_cuda_rng_state", "_set_cuda_rng_state"))
+        random._get_cuda_rng_state = _CUDA_STAND_INS["get_rng_state"]
+        random._set_cuda_rng_state = _set_rng_state
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        kept = {name: getattr(torch.cuda, name) for name in _CUDA_STAND_INS}
+        for name, stand_in in _CUDA_STAND_INS.items():
+            setattr(torch.cuda, name, stand_in)
+        try:
+            with _CudaAsCpu(), torch.compiler.set_stance("force_eager"):
+                yield
+        finally:
+            for name, original in kept.items():
+                setattr(torch.cuda, name, original)
+
+    def transformer_flags(self, tensor_parallel_size: int) -> dict[str, Any]:
+        return {
+            "use_cpu_initialization": True,
+            "gradient_accumulation_fusion": False,
+            "bias_dropout_fusion": False,
+            "bias_activation_fusion": False,
+            "masked_softmax_fusion": False,
+            "apply_rope_fusion": False,
+            "persist_layer_norm": False,
+            # gloo has no reduce-scatter of its own: an all-reduce is cheaper than what replaces it.
+            "sequence_parallel": False,
+        }
+
+    def layer_specs(self, config: TransformerConfig) -> TransformerBlockSubmodules:
+        from megatron_pbsd.platform.cpu_modules import layer_specs
+
+        return layer_specs(config)
+
+    def parameter_name(self, name: str) -> str:
+        return name
+
+    def seed(self, seed: int) -> None:
+        from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+        torch.manual_seed(seed)
+        model_parallel_cuda_manual_seed(seed)
+
+    def rng_state(self) -> dict[str, Any]:
+        from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+        return {"torch": torch.get_rng_state(), "model_parallel": get_cuda_rng_tracker().get_states()}
+
+    def set_rng_state(self, state: dict[str, Any]) -> None:
+        from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+        torch.set_rng_state(state["torch"])
+        get_cuda_rng_tracker().set_states(state["model_parallel"])

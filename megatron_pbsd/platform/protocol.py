@@ -1,0 +1,53 @@
+"""What the learner needs to know about the hardware it runs on."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+
+if TYPE_CHECKING:
+    from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+
+class Platform(Protocol):
+    """A device family: `cpu` or `cuda`.
+
+    backend:  torch.distributed backend of every group.
+    dtype:    of parameters and activations; optimizer state and gradients are float32 everywhere.
+    distributed_optimizer:  shard optimizer state over data-parallel ranks.
+    """
+
+    name: str
+    backend: str
+    dtype: torch.dtype
+    distributed_optimizer: bool
+
+    def device(self, rank: int) -> torch.device:
+        """Device of a global rank."""
+
+    def prepare(self) -> None:
+        """Once per process, before the first process group: make Megatron-core usable here."""
+
+    def running(self) -> AbstractContextManager[None]:
+        """Surrounds every call into Megatron-core, in the thread that makes it."""
+
+    def transformer_flags(self, tensor_parallel_size: int) -> dict[str, Any]:
+        """TransformerConfig fields that depend on the hardware alone."""
+
+    def layer_specs(self, config: TransformerConfig) -> TransformerBlockSubmodules:
+        """Modules of this pipeline stage's decoder layers and final norm."""
+
+    def parameter_name(self, name: str) -> str:
+        """Name under which these specs keep a parameter that `models` calls `name`."""
+
+    def seed(self, seed: int) -> None:
+        """Seed every generator that model-parallel code draws from."""
+
+    def rng_state(self) -> dict[str, Any]:
+        """State of those generators."""
+
+    def set_rng_state(self, state: dict[str, Any]) -> None:
+        """Inverse of `rng_state`."""

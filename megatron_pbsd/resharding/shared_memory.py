@@ -1,0 +1,44 @@
+"""The CPU transport: one shared-memory file that learner ranks write and engines read."""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+from pathlib import Path
+
+import torch
+
+from megatron_pbsd.resharding.manifest import WeightsManifest, view
+
+ROOT = Path("/dev/shm")
+
+
+class Segment:
+    """Owns a segment of `nbytes` zeros until `close`; others attach to it by the manifest's `segment`."""
+
+    def __init__(self, nbytes: int):
+        _sweep()
+        handle, path = tempfile.mkstemp(prefix=f"pbsd-{os.getpid()}-", dir=ROOT)
+        try:
+            os.posix_fallocate(handle, 0, max(nbytes, 1))   # fails here when memory is short, not with SIGBUS later
+        finally:
+            os.close(handle)
+        self.name = Path(path).name
+
+    def close(self) -> None:
+        (ROOT / self.name).unlink(missing_ok=True)
+
+
+def attach(manifest: WeightsManifest) -> dict[str, torch.Tensor]:
+    """The manifest's tensors as views into the segment; unmapped when the last of them is gone."""
+    flat = torch.from_file(str(ROOT / manifest.segment), shared=True, size=manifest.nbytes, dtype=torch.uint8)
+    return {entry.name: view(flat, entry) for entry in manifest.entries}
+
+
+def _sweep() -> None:
+    """Remove segments whose owner was killed before it could."""
+    for path in ROOT.glob("pbsd-*"):
+        owner = re.match(r"pbsd-(\d+)-", path.name)
+        if owner and not Path(f"/proc/{owner[1]}").exists():
+            path.unlink(missing_ok=True)

@@ -1,0 +1,190 @@
+"""The embedded engine: continuous batching over KV slots, in the caller's process and thread."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence as Sequences
+
+import numpy as np
+import torch
+
+from megatron_pbsd.resharding.manifest import WeightsManifest, checksum
+from megatron_pbsd.rollout.engines.embedded.kv_cache import SlotCache, SlotTable
+from megatron_pbsd.rollout.engines.embedded.model import PackedModel
+from megatron_pbsd.rollout.engines.embedded.sampling import sample, uniforms
+from megatron_pbsd.rollout.engines.embedded.sequence import Sequence
+from megatron_pbsd.rollout.engines.embedded.weights import checkpoint_views, copy_published
+from megatron_pbsd.rollout.engines.protocol import Chunk, ChunkResult, EngineError, EngineStatistics
+from megatron_pbsd.trajectory import FinishReason
+
+# Bound the activations of one forward pass; a single longer sequence still goes through whole.
+PREFILL_TOKENS_PER_STEP = 4096
+SCORED_TOKENS_PER_PASS = 1024
+
+
+class EmbeddedEngine:
+    """See `protocol.Engine`. One step computes the uncached tokens of all running chunks in one packed batch.
+
+    model_path: local Hugging Face folder. slots: chunks that run at once, and contexts whose KV is kept.
+    max_context: most tokens of a trajectory, prompt and observations included. threads: torch threads of the process.
+    """
+
+    def __init__(
+        self,
+        model_path: str,
+        *,
+        name: str,
+        slots: int,
+        max_context: int,
+        device: str = "cpu",
+        dtype: str = "float32",
+        threads: int = 1,
+    ) -> None:
+        self.name = name
+        self._max_context = max_context
+        torch.set_num_threads(threads)
+        try:
+            self._model = PackedModel(model_path, max_context, device, dtype)
+            self._parameters = checkpoint_views(self._model.module)
+        except (OSError, ValueError) as error:
+            raise EngineError(f"engine {name!r}: cannot load {model_path!r}: {error}") from error
+        self._cache = SlotCache(slots, max_context)
+        self._table = SlotTable(slots)
+        self._waiting: dict[str, Sequence] = {}
+        self._running: dict[str, Sequence] = {}
+        self._ended: list[ChunkResult] = []
+        self._version = 0
+        self._generated = self._prefilled = self._cached = self._steps = 0
+        self._busy_seconds = 0.0
+
+    def submit(self, chunks: Sequences[Chunk]) -> None:
+        arriving = {}
+        for chunk in chunks:
+            self._check(chunk, arriving)
+            arriving[chunk.request_id] = Sequence.of(chunk, self._max_context)
+        self._waiting.update(arriving)
+
+    def _check(self, chunk: Chunk, arriving: dict[str, Sequence]) -> None:
+        def refuse(cause: str) -> EngineError:
+            return EngineError(f"engine {self.name!r}: request {chunk.request_id!r} {cause}")
+
+        if any(chunk.request_id in known for known in (self._running, self._waiting, arriving)):
+            raise refuse("is already running")
+        if not chunk.tokens:
+            raise refuse("has no tokens to continue")
+        if len(chunk.tokens) >= self._max_context:
+            raise refuse(f"has {len(chunk.tokens)} tokens of context: no room below max_context {self._max_context}")
+        if chunk.max_new_tokens < 1:
+            raise refuse(f"has max_new_tokens {chunk.max_new_tokens}, expected at least 1")
+        if chunk.temperature < 0:
+            raise refuse(f"has temperature {chunk.temperature}, expected 0 (greedy) or more")
+        if min(chunk.tokens) < 0 or max(chunk.tokens) >= self._model.vocab_size:
+            raise refuse(f"has token ids outside of the vocabulary [0, {self._model.vocab_size})")
+
+    def collect(self) -> list[ChunkResult]:
+        start = time.perf_counter()
+        with torch.inference_mode():
+            while not self._ended and (self._running or self._waiting):
+                self._step()
+        self._busy_seconds += time.perf_counter() - start
+        ended, self._ended = self._ended, []
+        return ended
+
+    def _step(self) -> None:
+        self._admit()
+        running = sorted(self._running.values(), key=lambda s: (len(s.tokens) - s.computed > 1, s.slot))
+        self._prefilled += sum(len(s.tokens) - s.computed for s in running if not s.log_probs)
+        logits = self._model.next_logits(running, self._cache)
+        keys = np.array([s.key for s in running], dtype=np.uint64)
+        positions = np.array([len(s.tokens) for s in running], dtype=np.uint64)
+        temperatures = np.array([s.chunk.temperature for s in running])
+        tokens, log_probs = sample(logits, temperatures, uniforms(keys, positions))
+        for sequence, token, log_prob in zip(running, tokens, log_probs):
+            if reason := sequence.append(token, log_prob, self._version):
+                self._end(sequence, reason)
+        self._generated += len(running)
+        self._steps += 1
+
+    def _admit(self) -> None:
+        """Start waiting chunks in order of arrival, as far as slots and the prefill bound allow."""
+        prefill = sum(len(s.tokens) - s.computed for s in self._running.values())
+        for request_id, sequence in list(self._waiting.items()):
+            if prefill >= PREFILL_TOKENS_PER_STEP:
+                return
+            place = self._table.acquire(request_id, sequence.tokens, self._waiting)
+            if place is None:
+                return
+            sequence.slot, sequence.computed = place
+            sequence.cached = sequence.computed
+            self._cached += sequence.computed
+            prefill += len(sequence.tokens) - sequence.computed
+            self._running[request_id] = self._waiting.pop(request_id)
+
+    def _end(self, sequence: Sequence, reason: FinishReason) -> None:
+        del self._running[sequence.request_id]
+        self._table.retire(sequence.request_id, sequence.slot, sequence.tokens[: sequence.computed])
+        self._ended.append(sequence.result(reason))
+
+    def abort(self, request_ids: Sequences[str]) -> None:
+        for request_id in request_ids:
+            if request_id in self._running:
+                self._end(self._running[request_id], "abort")
+            elif request_id in self._waiting:
+                self._ended.append(self._waiting.pop(request_id).result("abort"))
+
+    def release(self, request_ids: Sequences[str]) -> None:
+        for request_id in request_ids:
+            self._table.release(request_id)
+
+    def update_weights(self, manifest: WeightsManifest, version: int) -> None:
+        """Chunks that run continue under the new weights; their context is prefilled again."""
+        try:
+            with torch.inference_mode():
+                copy_published(manifest, self._parameters)
+        except ValueError as error:
+            raise EngineError(f"engine {self.name!r}: weights version {version}: {error}") from error
+        self._version = version
+        self._table.clear()
+        for sequence in self._running.values():
+            sequence.computed = 0
+
+    def checksums(self) -> dict[str, str]:
+        return {name: checksum(tensor) for name, tensor in self._parameters.items()}
+
+    def score(self, sequences: Sequences[Sequences[int]]) -> list[np.ndarray]:
+        start = time.perf_counter()
+        scores: list[np.ndarray] = []
+        batch: list[Sequences[int]] = []
+        with torch.inference_mode():
+            for sequence in sequences:
+                if batch and sum(map(len, batch)) + len(sequence) > SCORED_TOKENS_PER_PASS:
+                    scores.extend(self._score(batch))
+                    batch = []
+                batch.append(sequence)
+            if batch:
+                scores.extend(self._score(batch))
+        self._busy_seconds += time.perf_counter() - start
+        return scores
+
+    def _score(self, sequences: list[Sequences[int]]) -> list[np.ndarray]:
+        log_probs = torch.log_softmax(self._model.all_logits(sequences).float(), dim=-1)
+        following = torch.tensor([t for tokens in sequences for t in (*tokens[1:], 0)], device=log_probs.device)
+        chosen = log_probs.gather(1, following[:, None]).squeeze(1).cpu().numpy()
+        scores, end = [], 0
+        for tokens in sequences:
+            scores.append(np.concatenate([np.zeros(1, np.float32), chosen[end : end + len(tokens) - 1]]))
+            end += len(tokens)
+        return scores
+
+    def statistics(self) -> EngineStatistics:
+        return EngineStatistics(
+            version=self._version,
+            running=len(self._running),
+            waiting=len(self._waiting),
+            cached_requests=len(self._table),
+            generated_tokens=self._generated,
+            prefilled_tokens=self._prefilled,
+            cached_tokens=self._cached,
+            decode_steps=self._steps,
+            busy_seconds=self._busy_seconds,
+        )

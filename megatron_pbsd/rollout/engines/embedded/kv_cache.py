@@ -1,0 +1,92 @@
+"""Keys and values of many requests in a fixed number of slots, behind the Cache interface of transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import torch
+from transformers.cache_utils import Cache
+
+
+class SlotTable:
+    """Which request owns which slot. A slot is free, held by a running request, or keeps the KV of an ended one."""
+
+    def __init__(self, slots: int) -> None:
+        self._free = list(range(slots))
+        # Insertion order is the order of retirement: the first entry is the least recently used.
+        self._kept: dict[str, tuple[int, list[int]]] = {}
+
+    def __len__(self) -> int:
+        """Number of ended requests whose KV is kept."""
+        return len(self._kept)
+
+    def acquire(self, request_id: str, tokens: list[int], wanted: Collection[str]) -> tuple[int, int] | None:
+        """A slot for a request, and how many of its tokens have their KV in it; None when all slots run.
+
+        Takes the slot kept for the request, else a free one, else evicts the least recently used, sparing the requests
+        in `wanted` as long as there is another. At least the last token is left to compute: its logits are needed.
+        """
+        if request_id in self._kept:
+            slot, computed = self._kept.pop(request_id)
+            return slot, min(common_prefix(computed, tokens), len(tokens) - 1)
+        if self._free:
+            slot = min(self._free)
+            self._free.remove(slot)
+            return slot, 0
+        if not self._kept:
+            return None
+        victim = next((name for name in self._kept if name not in wanted), next(iter(self._kept)))
+        return self._kept.pop(victim)[0], 0
+
+    def retire(self, request_id: str, slot: int, computed: list[int]) -> None:
+        """Keep the slot of a request that has ended, or was aborted, with the KV of `computed` tokens in it."""
+        self._kept[request_id] = (slot, computed)
+
+    def release(self, request_id: str) -> None:
+        if request_id in self._kept:
+            self._free.append(self._kept.pop(request_id)[0])
+
+    def clear(self) -> None:
+        """Forget every kept request; running ones hold on to their slots."""
+        for request_id in list(self._kept):
+            self.release(request_id)
+
+
+def common_prefix(a: list[int], b: list[int]) -> int:
+    n = min(len(a), len(b))
+    if a[:n] == b[:n]:
+        return n
+    return next(i for i in range(n) if a[i] != b[i])
+
+
+class SlotCache(Cache):
+    """Per layer keys [slots, kv_heads, max_context, head_dim] and values alike, allocated at the layer's first update.
+
+    `update` stores the packed tokens of a step at the places given to `place`, and hands back the layer's slots.
+    """
+
+    def __init__(self, slots: int, max_context: int) -> None:
+        super().__init__(layers=[])
+        self.slots = slots
+        self.max_context = max_context
+        self.keys: list[torch.Tensor] = []
+        self.values: list[torch.Tensor] = []
+
+    def place(self, slots: torch.Tensor, positions: torch.Tensor) -> None:
+        """Slot and position [T] of each token of the next step."""
+        self._slots, self._positions = slots, positions
+
+    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
+        """key_states, value_states [1, kv_heads, T, head_dim]."""
+        if layer_idx == len(self.keys):
+            for store, states in ((self.keys, key_states), (self.values, value_states)):
+                _, heads, _, size = states.shape
+                store.append(states.new_zeros(self.slots, heads, self.max_context, size))
+        keys, values = self.keys[layer_idx], self.values[layer_idx]
+        keys[self._slots, :, self._positions] = key_states[0].transpose(0, 1)
+        values[self._slots, :, self._positions] = value_states[0].transpose(0, 1)
+        return keys, values
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Positions are always given explicitly, so that no length is common to the slots."""
+        return 0

@@ -1,0 +1,88 @@
+"""A causal language model of transformers, run over packed batches and a slot cache."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Sequences
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+
+from megatron_pbsd.rollout.engines.embedded.attention import (
+    PACKED_ATTENTION,
+    PackedLayout,
+    Segment,
+    causal_mask,
+    decode_rows,
+)
+from megatron_pbsd.rollout.engines.embedded.kv_cache import SlotCache
+from megatron_pbsd.rollout.engines.embedded.sequence import Sequence
+
+
+def check_supported(config: PretrainedConfig, max_context: int) -> None:
+    """ValueError for attention that the slot cache cannot serve, or a context beyond the trained positions."""
+    positions = getattr(config, "max_position_embeddings", max_context)
+    if max_context > positions:
+        raise ValueError(f"max_context {max_context} exceeds the model's max_position_embeddings {positions}")
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    window = getattr(config, "sliding_window", None)
+    if window and ("sliding_attention" in kinds or not getattr(config, "layer_types", None)) and window < max_context:
+        raise ValueError(f"max_context {max_context} exceeds the model's sliding window {window}")
+    if unknown := kinds - {"full_attention", "sliding_attention"}:
+        raise ValueError(f"layers of type {sorted(unknown)} are not supported, only full attention")
+
+
+class PackedModel:
+    """path: a local Hugging Face folder. ValueError and OSError say what is wrong with it."""
+
+    def __init__(self, path: str, max_context: int, device: str, dtype: str) -> None:
+        check_supported(AutoConfig.from_pretrained(path, local_files_only=True), max_context)
+        self.module = AutoModelForCausalLM.from_pretrained(
+            path, dtype=getattr(torch, dtype), attn_implementation=PACKED_ATTENTION, local_files_only=True
+        )
+        self.module.eval().requires_grad_(False).to(device)
+        self.device = torch.device(device)
+        self.vocab_size: int = self.module.config.vocab_size
+        self._like = torch.empty(0, dtype=getattr(torch, dtype), device=device)
+
+    def next_logits(self, sequences: Sequences[Sequence], cache: SlotCache) -> torch.Tensor:
+        """Compute every token that is not in the cache yet; logits [B, V] after the last token of each sequence.
+
+        sequences: those with one token to compute come first, in the order of their slots.
+        """
+        counts = [len(s.tokens) - s.computed for s in sequences]
+        single = sum(count == 1 for count in counts)
+        segments, end = [], single
+        for sequence, count in zip(sequences[single:], counts[single:]):
+            past = sequence.computed
+            mask = causal_mask(count, past, self._like) if past else None
+            segments.append(Segment(end, end + count, sequence.slot, past, mask))
+            end += count
+        decoding = sequences[:single]
+        rows = decode_rows([s.slot for s in decoding], [len(s.tokens) for s in decoding], self._like) if single else None
+        positions = self._tensor([p for s in sequences for p in range(s.computed, len(s.tokens))])
+        cache.place(self._tensor([s.slot for s, n in zip(sequences, counts) for _ in range(n)]), positions)
+        last = self._tensor([*range(single), *(segment.end - 1 for segment in segments)]) if segments else 0
+        return self.module(
+            input_ids=self._tensor([t for s in sequences for t in s.tokens[s.computed :]])[None],
+            position_ids=positions[None],
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=last,
+            layout=PackedLayout(rows, tuple(segments)),
+        ).logits[0]
+
+    def all_logits(self, sequences: Sequences[Sequences[int]]) -> torch.Tensor:
+        """Logits [sum of lengths, V] of whole sequences, end to end; no cache is read or written."""
+        segments, end = [], 0
+        for tokens in sequences:
+            segments.append(Segment(end, end + len(tokens), None, 0, None))
+            end += len(tokens)
+        return self.module(
+            input_ids=self._tensor([t for tokens in sequences for t in tokens])[None],
+            position_ids=self._tensor([p for tokens in sequences for p in range(len(tokens))])[None],
+            use_cache=False,
+            layout=PackedLayout(None, tuple(segments)),
+        ).logits[0]
+
+    def _tensor(self, values: list[int]) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.long, device=self.device)

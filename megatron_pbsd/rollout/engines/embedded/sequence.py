@@ -1,0 +1,60 @@
+"""The engine's state of one chunk: its context so far, and how much of that lies in the cache."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from megatron_pbsd.rollout.engines.embedded.sampling import request_key
+from megatron_pbsd.rollout.engines.protocol import Chunk, ChunkResult
+from megatron_pbsd.trajectory import FinishReason, VersionSpan
+
+
+@dataclass(eq=False)
+class Sequence:
+    """tokens: context and what was generated. computed: how many of them have their KV in `slot`.
+
+    limit: length of `tokens` at which the chunk ends for want of room. cached: tokens whose KV was found at admission.
+    """
+
+    chunk: Chunk
+    tokens: list[int]
+    limit: int
+    key: int
+    stop_token_ids: frozenset[int]
+    slot: int = -1
+    computed: int = 0
+    cached: int = 0
+    log_probs: list[float] = field(default_factory=list)
+    version_starts: list[tuple[int, int]] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, chunk: Chunk, max_context: int) -> Sequence:
+        limit = min(len(chunk.tokens) + chunk.max_new_tokens, max_context)
+        key = request_key(chunk.seed, chunk.request_id)
+        return cls(chunk, list(chunk.tokens), limit, key, frozenset(chunk.stop_token_ids))
+
+    @property
+    def request_id(self) -> str:
+        return self.chunk.request_id
+
+    def append(self, token: int, log_prob: float, version: int) -> FinishReason | None:
+        """Add a sampled token; the reason to end, if it is the last one."""
+        if not self.version_starts or self.version_starts[-1][0] != version:
+            self.version_starts.append((version, len(self.log_probs)))
+        self.computed = len(self.tokens)
+        self.tokens.append(token)
+        self.log_probs.append(log_prob)
+        if token in self.stop_token_ids:
+            return "stop"
+        return "length" if len(self.tokens) >= self.limit else None
+
+    def result(self, reason: FinishReason) -> ChunkResult:
+        ends = [start for _, start in self.version_starts[1:]] + [len(self.log_probs)]
+        return ChunkResult(
+            request_id=self.request_id,
+            tokens=tuple(self.tokens[len(self.chunk.tokens) :]),
+            log_probs=tuple(self.log_probs),
+            finish_reason=reason,
+            cached_tokens=self.cached,
+            versions=tuple(VersionSpan(v, start, end) for (v, start), end in zip(self.version_starts, ends)),
+        )

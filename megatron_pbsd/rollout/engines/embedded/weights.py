@@ -1,0 +1,101 @@
+"""The model's parameters under their Hugging Face checkpoint names, and updates of them in place."""
+
+from __future__ import annotations
+
+import difflib
+import mmap
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+from transformers.core_model_loading import Chunk, SplitModulelist, WeightConverter, WeightRenaming, apply_renamings
+
+from megatron_pbsd.resharding.manifest import WeightsManifest, view
+
+SHARED_MEMORY = Path("/dev/shm")
+
+
+def checkpoint_views(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Checkpoint name → view of the model's own memory; a tied tensor appears once.
+
+    transformers fuses some parameters as it loads them (experts above all); each part is given back as a view.
+    ValueError names a parameter that was stored in a way that no view can undo.
+    """
+    inverse = [conversion.reverse_transform() for conversion in reversed(model._weight_conversions or [])]
+    renamings = [c for c in inverse if isinstance(c, WeightRenaming)]
+    converters = [c for c in inverse if isinstance(c, WeightConverter)]
+    views: dict[str, torch.Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in model.state_dict().items():
+        if tensor.data_ptr() in seen:
+            continue
+        seen.add(tensor.data_ptr())
+        for part, part_view in _split(name, tensor, converters).items():
+            views[apply_renamings(part, renamings)] = part_view
+    return views
+
+
+def _split(name: str, tensor: torch.Tensor, converters: list[WeightConverter]) -> dict[str, torch.Tensor]:
+    for converter in converters:
+        pattern = converter.source_patterns[0]
+        if not name.endswith(pattern):
+            continue
+        prefix = name.removesuffix(pattern)
+        parts = {pattern: tensor}
+        for operation in converter.operations:
+            if isinstance(operation, Chunk) and len(parts) == 1:
+                pieces = tensor.chunk(len(converter.target_patterns), dim=operation.dim)
+                parts = dict(zip(converter.target_patterns, pieces))
+            elif isinstance(operation, SplitModulelist):
+                names = converter.target_patterns
+                parts = {
+                    target.replace("*", str(i)): piece
+                    for target, whole in zip(names, parts.values())
+                    for i, piece in enumerate(whole.unbind(operation.dim))
+                }
+            else:
+                raise ValueError(f"{name}: cannot be updated in place through {type(operation).__name__}")
+        return {prefix + part: piece for part, piece in parts.items()}
+    return {name: tensor}
+
+
+def check_manifest(manifest: WeightsManifest, parameters: Mapping[str, torch.Tensor]) -> None:
+    """ValueError naming the first tensor that is missing, unexpected, or of another dtype or shape."""
+    published = {entry.name: entry for entry in manifest.entries}
+    for name in parameters:
+        if name not in published:
+            raise ValueError(f"tensor {name!r} is missing from the manifest{_nearest(name, published)}")
+    for name, entry in published.items():
+        if name not in parameters:
+            raise ValueError(f"tensor {name!r} is not a parameter of the model{_nearest(name, parameters)}")
+        expected = (str(parameters[name].dtype).removeprefix("torch."), tuple(parameters[name].shape))
+        if (entry.dtype, tuple(entry.shape)) != expected:
+            raise ValueError(
+                f"tensor {name!r} is {entry.dtype}{list(entry.shape)}, expected {expected[0]}{list(expected[1])}"
+            )
+
+
+def _nearest(name: str, names: Mapping[str, object]) -> str:
+    close = difflib.get_close_matches(name, names, n=1)
+    return f"; the nearest name there is {close[0]!r}" if close else ""
+
+
+def copy_published(manifest: WeightsManifest, parameters: Mapping[str, torch.Tensor]) -> None:
+    """Copy the segment's tensors into the parameters. ValueError when the segment is absent or too short.
+
+    The segment is mapped as the file it is on Linux: attaching through `multiprocessing.shared_memory` would enlist it
+    with this process' resource tracker (Python < 3.13), which unlinks at exit what others still use.
+    """
+    check_manifest(manifest, parameters)
+    path = SHARED_MEMORY / manifest.segment.lstrip("/")
+    if not path.exists():
+        raise ValueError(f"shared-memory segment {manifest.segment!r} does not exist")
+    if path.stat().st_size < manifest.nbytes:
+        raise ValueError(
+            f"shared-memory segment {manifest.segment!r} has {path.stat().st_size} bytes, expected {manifest.nbytes}"
+        )
+    # ACCESS_COPY: torch wants a writable buffer; nothing is ever written to it.
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) as segment:
+        for entry in manifest.entries:
+            parameters[entry.name].copy_(view(segment, entry))
