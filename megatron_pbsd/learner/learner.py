@@ -58,7 +58,7 @@ class Learner:
         hf = read(model.path)
         self._family = family(hf)
         self._shapes = self._family.hf_tensors(hf)
-        self.platform.prepare()
+        self.platform.prepare(rank)
         with self.platform.running():
             at = connect(self.platform, config.parallel, rank, rendezvous, config.deadline_s)
             self.platform.seed(seed)
