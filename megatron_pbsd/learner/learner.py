@@ -16,6 +16,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_pbsd.batch import Batch
 from megatron_pbsd.config import LearnerConfig, ModelConfig
+from megatron_pbsd.errors import PbsdError
 from megatron_pbsd.learner import state, weights
 from megatron_pbsd.learner.microbatch import MicroBatch, micro_batches
 from megatron_pbsd.learner.model import build_model, build_optimizer
@@ -28,8 +29,10 @@ from megatron_pbsd.platform import Platform, select
 from megatron_pbsd.resharding.manifest import WeightsManifest
 
 
-class LearnerError(RuntimeError):
+class LearnerError(PbsdError):
     """The learner cannot go on; the message says why."""
+
+    component = "learner"
 
 
 class Learner:
@@ -137,6 +140,10 @@ class Learner:
         """Inverse of `save`. FileNotFoundError when there is nothing to load."""
         with self.platform.running():
             state.load(folder, self._policy, self._optimizer, self._scheduler, self.platform)
+
+    def differing(self, manifest: WeightsManifest) -> list[str]:
+        """Tensors of which the segment holds other bytes than this rank, replicas included."""
+        return weights.differing(self._parameters, self._pieces, manifest)
 
     def close(self) -> None:
         """Leave the process groups; the learner is unusable afterwards."""

@@ -85,16 +85,27 @@ def publish(parameters: Mapping[str, torch.Tensor], pieces: ParameterMap, manife
 
     ValueError when a tensor is not in the manifest or differs in dtype.
     """
-    published = attach(manifest)
+    segment = attach(manifest)
     with torch.no_grad():
         for name, parts in pieces.items():
             for piece in parts:
                 if not piece.primary:
                     continue
-                if piece.hf_name not in published:
+                if piece.hf_name not in segment:
                     raise ValueError(f"the weights manifest has no tensor {piece.hf_name!r}")
-                target = published[piece.hf_name]
+                target = segment[piece.hf_name]
                 if target.dtype != parameters[name].dtype:
                     raise ValueError(f"{piece.hf_name}: the manifest says {target.dtype}, "
                                      f"the learner holds {parameters[name].dtype}")
                 target[piece.hf_index].copy_(parameters[name][piece.local_index])
+
+
+def differing(parameters: Mapping[str, torch.Tensor], pieces: ParameterMap, manifest: WeightsManifest) -> list[str]:
+    """Names of published tensors of which this rank holds other bytes, in its replicas too."""
+    segment = attach(manifest)
+    return sorted({
+        piece.hf_name
+        for name, parts in pieces.items()
+        for piece in parts
+        if not torch.equal(segment[piece.hf_name][piece.hf_index].to(parameters[name].device),
+                           parameters[name][piece.local_index])})
