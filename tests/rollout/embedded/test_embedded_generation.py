@@ -132,7 +132,8 @@ def test_stop_token_is_part_of_the_result(make_engine):
 
 def test_abort_returns_what_was_generated(make_engine):
     engine = make_engine(slots=2)
-    engine.submit([Chunk("short", (1, 2), 3, seed=0), Chunk("long", (3, 4), 50, seed=0), Chunk("queued", (5,), 5, seed=0)])
+    engine.submit([Chunk("short", (1, 2), 3, seed=0), Chunk("long", (3, 4), 50, seed=0)])
+    engine.submit([Chunk("queued", (5,), 5, seed=0)])
     assert [r.request_id for r in engine.collect()] == ["short"]
     engine.abort(["long", "queued", "unknown"])
     aborted = {r.request_id: r for r in engine.collect()}
@@ -173,6 +174,12 @@ def test_refused_chunks(make_engine, chunk, cause):
     with pytest.raises(EngineError, match=f"test-engine.*{cause}"):
         engine.submit([Chunk("good", (1,), 1, seed=0), chunk])
     assert engine.statistics().waiting == 1, "a refused submission queues nothing"
+
+
+@pytest.mark.parametrize(("sequence", "cause"), [([], "no tokens"), ([1, -1], "vocabulary")])
+def test_refused_scores(make_engine, sequence, cause):
+    with pytest.raises(EngineError, match=f"test-engine.*sequence 1.*{cause}"):
+        make_engine().score([[1, 2], sequence])
 
 
 def test_unsuitable_models_are_refused(folders, tmp_path):

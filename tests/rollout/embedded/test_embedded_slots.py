@@ -12,10 +12,10 @@ def test_common_prefix(a, b):
     assert a[:n] == b[:n] and (n == min(len(a), len(b)) or a[n] != b[n])
 
 
-@given(
-    slots=st.integers(1, 4),
-    events=st.lists(st.tuples(st.sampled_from(["acquire", "retire", "release", "clear"]), st.integers(0, 6)), max_size=60),
-)
+EVENTS = st.tuples(st.sampled_from(["acquire", "retire", "release", "clear"]), st.integers(0, 6))
+
+
+@given(slots=st.integers(1, 4), events=st.lists(EVENTS, max_size=60))
 def test_every_slot_has_one_owner_and_the_oldest_goes_first(slots, events):
     table, running, kept = SlotTable(slots), {}, []
     for event, number in events:

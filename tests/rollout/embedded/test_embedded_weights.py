@@ -88,12 +88,13 @@ def test_errors_name_the_tensor_and_change_nothing(make_engine, folders, publish
     engine, tensors = make_engine(), checkpoint(folders)
     before = engine.checksums()
     name = "model.layers.0.self_attn.q_proj.weight"
+    renamed = {n.replace("q_proj.", "q_projection."): t for n, t in tensors.items()}
     cases = {
         f"{name}' is missing": {n: t for n, t in changed(tensors).items() if n != name},
         "lm_head.weight' is not a parameter": changed(tensors) | {"lm_head.weight": torch.zeros(96, 64)},
         rf"{name}' is float32\[64, 63\], expected float32\[64, 64\]": changed(tensors) | {name: torch.zeros(64, 63)},
         rf"{name}' is bfloat16\[64, 64\], expected float32": changed(tensors) | {name: torch.zeros(64, 64).bfloat16()},
-        f"{name}' is missing.*nearest.*q_projection": {n.replace("q_proj.", "q_projection."): t for n, t in tensors.items()},
+        f"{name}' is missing.*nearest.*layers.0.self_attn.q_projection": renamed,
     }
     for message, published in cases.items():
         with pytest.raises(EngineError, match=f"test-engine.*version 1.*{message}"):
@@ -123,10 +124,15 @@ def test_segment_survives_the_exit_of_a_process_that_read_it(publish):
     attached.close()
 
 
-def test_nan_weights_are_reported_with_the_request(make_engine, folders, publish):
-    engine = make_engine()
+def test_nan_weights_are_reported_with_the_request_and_leave_no_trace(make_engine, folders, publish):
+    engine = make_engine(slots=1)
+    before = greedy(engine, "r")
     broken = {name: torch.full_like(tensor, torch.nan) for name, tensor in checkpoint(folders).items()}
     engine.update_weights(publish(broken), version=1)
     engine.submit([Chunk("victim", (1, 2), 3, seed=0)])
     with pytest.raises(EngineError, match="not finite.*victim"):
         engine.collect()
+    engine.abort(["victim"])
+    engine.collect()
+    engine.update_weights(publish(checkpoint(folders)), version=2)
+    assert greedy(engine, "r") == before
