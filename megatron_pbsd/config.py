@@ -185,8 +185,11 @@ class SFTConfig(Section):
     """Demonstrations per optimizer step."""
     privileged_fraction: Fraction = 0.5
     """Share of demonstrations in the privileged prompt format."""
-    good_habits: Fraction = 0.4
+    good_habits: Fraction = 0.2
     """Share of flawless demonstrations in the plain format."""
+    bad_habits: dict[Literal["needless", "premature", "wrong_relation", "gives_up"], Annotated[float, Field(ge=0)]] = {
+        "needless": 1.0, "premature": 6.0, "wrong_relation": 1.0, "gives_up": 6.0}
+    """Relative weights of the habits in the other demonstrations (search_qa/demonstrations.py)."""
     good_habits_privileged: Fraction = 0.8
     """The same in the privileged format: how a small model learns what the hint is for."""
     fictional_names: Fraction = 0.5

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from transformers import PreTrainedModel
@@ -59,12 +59,13 @@ def _split(name: str, tensor: torch.Tensor, converters: list[WeightConverter]) -
 def check_manifest(manifest: WeightsManifest, parameters: Mapping[str, torch.Tensor]) -> None:
     """ValueError naming the first tensor that is missing, unexpected, or of another dtype or shape."""
     published = {entry.name: entry for entry in manifest.entries}
+    unknown = [name for name in published if name not in parameters]
     for name in parameters:
         if name not in published:
-            raise ValueError(f"tensor {name!r} is missing from the manifest{_nearest(name, published)}")
+            raise ValueError(f"tensor {name!r} is missing from the manifest{_nearest(name, unknown)}")
+    if unknown:
+        raise ValueError(f"tensor {unknown[0]!r} is not a parameter of the model{_nearest(unknown[0], parameters)}")
     for name, entry in published.items():
-        if name not in parameters:
-            raise ValueError(f"tensor {name!r} is not a parameter of the model{_nearest(name, parameters)}")
         expected = (str(parameters[name].dtype).removeprefix("torch."), tuple(parameters[name].shape))
         if (entry.dtype, tuple(entry.shape)) != expected:
             raise ValueError(
@@ -72,8 +73,8 @@ def check_manifest(manifest: WeightsManifest, parameters: Mapping[str, torch.Ten
             )
 
 
-def _nearest(name: str, names: Mapping[str, object]) -> str:
-    close = difflib.get_close_matches(name, names, n=1)
+def _nearest(name: str, names: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(names), n=1)
     return f"; the nearest name there is {close[0]!r}" if close else ""
 
 
