@@ -223,3 +223,36 @@ def step_without_advantages(rank, rendezvous, folder):
         learner.step(Batch({"tokens": batch["tokens"], "loss_mask": batch["loss_mask"]}))
     finally:
         learner.close()
+
+
+def test_damage_to_published_weights_is_found_by_the_ranks_that_hold_them(ranks, hf_folders):
+    parallel = LAYOUTS["tp2"]
+    segment = Segment(1 << 20)
+    try:
+        results = ranks.run(find_damage, 2, hf_folders[True], parallel, segment.name)
+    finally:
+        segment.close()
+    assert results == [([], ["model.norm.weight"]), ([], ["model.embed_tokens.weight", "model.norm.weight"])]
+
+
+def find_damage(rank, rendezvous, folder, parallel, segment):
+    import torch.distributed as dist
+
+    from megatron_pbsd.learner.learner import Learner
+
+    learner = Learner(rank, rendezvous, ModelConfig(path=str(folder)), LearnerConfig(parallel=parallel),
+                      losses.build(SFTConfig()), seed=0, total_steps=1)
+    try:
+        manifest = layout(segment, learner.tensors())
+        learner.publish(manifest)
+        dist.barrier()
+        intact = learner.differing(manifest)
+        dist.barrier()
+        if rank == 0:
+            published = attach(manifest)
+            published["model.norm.weight"][0] += 1
+            published["model.embed_tokens.weight"][-1, -1] += 1
+        dist.barrier()
+        return intact, learner.differing(manifest)
+    finally:
+        learner.close()

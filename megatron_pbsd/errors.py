@@ -1,0 +1,20 @@
+"""Base classes of the errors that end a run with a message instead of a traceback."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class PbsdError(RuntimeError):
+    """A part of the run failed. The message says what happened to which object; `component` says where.
+
+    The command line prints `component: message`, keeps the traceback in the run's error.log and exits with 1.
+    """
+
+    component: ClassVar[str] = "run"
+
+
+class UsageError(PbsdError):
+    """What was asked for cannot be done as asked; nothing has started. The command line exits with 2."""
+
+    component: ClassVar[str] = "usage"
