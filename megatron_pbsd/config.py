@@ -6,6 +6,7 @@ otherwise. `launcher/overrides.py` turns files and command lines into a `RunConf
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -15,7 +16,7 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 class ModelConfig(Section):
@@ -54,20 +55,30 @@ class OptimizerConfig(Section):
     """Adam (Kingma & Ba 2015) with decoupled weight decay, as Megatron-core builds it."""
 
     lr: Annotated[float, Field(gt=0)] = 3e-4
+    """Peak learning rate."""
     min_lr: Annotated[float, Field(ge=0)] = 0.0
+    """Learning rate at the end of the decay."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps of linear warm-up from 0."""
     decay_style: Literal["constant", "linear", "cosine"] = "constant"
+    """Shape of the learning rate from the end of the warm-up to the run's last step."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Decoupled weight decay."""
     beta1: Fraction = 0.9
+    """Decay of the first moment."""
     beta2: Fraction = 0.95
+    """Decay of the second moment."""
     eps: Annotated[float, Field(gt=0)] = 1e-8
+    """Added to the root of the second moment."""
     clip_grad: Annotated[float, Field(gt=0)] = 1.0
     """Largest global gradient norm."""
 
 
 class LearnerConfig(Section):
     parallel: ParallelConfig = ParallelConfig()
+    """Layout of the learner's ranks."""
     optimizer: OptimizerConfig = OptimizerConfig()
+    """Adam and its learning rate."""
     micro_batch_tokens: PositiveInt = 4096
     """Upper bound of padded tokens in one micro-batch; sequences of like length share one."""
     updates_per_step: PositiveInt = 1
@@ -82,10 +93,13 @@ class RolloutConfig(Section):
     slots: PositiveInt = 64
     """Sequences that one engine decodes at a time."""
     prompts_per_step: PositiveInt = 16
+    """Prompts, and so groups, per step."""
     group_size: Annotated[int, Field(ge=2)] = 8
     """Trajectories per prompt."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
+    """Sampling temperature of training rollouts."""
     max_turns: PositiveInt = 6
+    """Most turns of a trajectory."""
     max_turn_tokens: PositiveInt = 32
     """Most tokens the policy may generate in one turn."""
     max_context: PositiveInt = 512
@@ -98,6 +112,7 @@ class RolloutConfig(Section):
 
 class EnvironmentConfig(Section):
     name: Literal["search_qa"] = "search_qa"
+    """Which environment."""
     retriever: Literal["bm25", "none"] = "bm25"
     """`none` returns nothing for any query: the control that shows answers come from the tool."""
     search_budget: PositiveInt = 4
@@ -105,17 +120,22 @@ class EnvironmentConfig(Section):
     observation_words: PositiveInt = 28
     """Passages are cut to this many words."""
     train_split: str = "train"
+    """Split that training prompts are drawn from."""
     hops: tuple[Annotated[int, Field(ge=1, le=3)], ...] = (1, 2, 3)
+    """Questions of these numbers of hops are asked."""
 
 
 class PolicyLossConfig(Section):
     """Clipped policy-gradient loss (PPO, arXiv 1707.06347, eq. 7, with DAPO's decoupled bounds)."""
 
     clip_low: Fraction = 0.2
+    """The ratio is clipped below at 1 - clip_low."""
     clip_high: Fraction = 0.28
+    """The ratio is clipped above at 1 + clip_high."""
     kl_coefficient: Annotated[float, Field(ge=0)] = 0.0
     """Weight of the k3 estimate of KL(policy || policy at the start of the step)."""
     entropy_coefficient: float = 0.0
+    """Weight of the entropy bonus."""
     mismatch_cap: Annotated[float, Field(gt=0)] = 2.0
     """Token-level truncated importance weight min(pi_old / pi_rollout, cap)."""
 
@@ -124,19 +144,24 @@ class GRPOConfig(Section):
     """Group-relative policy optimisation (arXiv 2402.03300): reward minus the mean of its own group."""
 
     name: Literal["grpo"] = "grpo"
+    """Selects this algorithm."""
     normalise_std: bool = True
     """Divide by the group's standard deviation."""
     loss: PolicyLossConfig = PolicyLossConfig()
+    """The policy loss that the advantages weigh."""
 
 
 class PBSDConfig(Section):
     """Privileged Bayesian self-distillation: GRPO's outcome advantage redistributed over turns (PBSD.md)."""
 
     name: Literal["pbsd"] = "pbsd"
+    """Selects this algorithm."""
     normalise_std: bool = True
+    """Divide the outcome advantage by the group's standard deviation."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
     """T in m_k = clip(exp(sign(A) c_k / T), 1 - epsilon, 1 + epsilon)."""
     epsilon: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """How far a turn's multiplier m_k may be from 1."""
     snr_gate: Annotated[float, Field(ge=0)] = 1.0
     """g: a turn keeps m_k = 1 unless |c_k| > g * std_tokens(delta) / sqrt(n_k). 0 switches the gate off."""
     normalise_length: bool = True
@@ -146,13 +171,16 @@ class PBSDConfig(Section):
     teacher_answer: Literal["verified", "shuffled", "neutral"] = "verified"
     """Controls: another prompt's answer, or neutral text of the same length."""
     loss: PolicyLossConfig = PolicyLossConfig()
+    """The policy loss that the advantages weigh."""
 
 
 class SFTConfig(Section):
     """Supervised fine-tuning on scripted demonstrations: makes the base policy."""
 
     name: Literal["sft"] = "sft"
+    """Selects this algorithm."""
     sequences_per_step: PositiveInt = 64
+    """Demonstrations per optimizer step."""
     privileged_fraction: Fraction = 0.5
     """Share of demonstrations in the privileged prompt format."""
     good_habits: Fraction = 0.4
@@ -167,22 +195,29 @@ class EvaluationConfig(Section):
     every: Annotated[int, Field(ge=0)] = 10
     """Steps between evaluations; 0 evaluates only the first and the last policy."""
     split: str = "heldout"
+    """Split that evaluation prompts come from."""
     prompts: PositiveInt = 200
+    """Prompts per evaluation, one trajectory each."""
     temperature: Annotated[float, Field(ge=0)] = 0.0
+    """Sampling temperature; 0 is greedy."""
     at_start: bool = True
+    """Evaluate the policy before the first step too."""
 
 
 class CheckpointConfig(Section):
     every: Annotated[int, Field(ge=0)] = 20
     """Steps between checkpoints; 0 keeps only the last."""
     keep: PositiveInt = 2
+    """Newest checkpoints that are kept."""
     export_hf: bool = True
     """Write the final policy in Hugging Face format too."""
 
 
 class ObservabilityConfig(Section):
     wandb: Literal["disabled", "offline", "online"] = "disabled"
+    """Also send metrics to Weights & Biases; needs the extra `wandb`."""
     progress: bool = True
+    """Show progress: a live display on a terminal, one line per step elsewhere."""
     trajectories_kept: Annotated[int, Field(ge=0)] = 0
     """Trajectory files of the last n steps are kept; 0 keeps all."""
 
@@ -190,34 +225,54 @@ class ObservabilityConfig(Section):
 class RunConfig(Section):
     """A run. Its folder is `<runs>/<name>`."""
 
-    name: str
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    """The run's name: letters, digits, dots, dashes and underscores."""
     runs: str = "runs"
+    """Folder that holds the folders of runs."""
     seed: Annotated[int, Field(ge=0)] = 1
+    """Seed of everything random."""
     steps: PositiveInt
+    """Steps of the whole run, resumed parts included."""
     runtime: Literal["ray", "inline"] = "ray"
     """`inline` runs every component in one process, for debugging; needs one learner rank."""
     ray_port: Annotated[int, Field(ge=1024, le=65535)] | None = None
     """Port of the local Ray head; None takes a free one."""
     model: ModelConfig
+    """The policy."""
     algorithm: Annotated[GRPOConfig | PBSDConfig | SFTConfig, Field(discriminator="name")] = PBSDConfig()
+    """From rewards to what is learnt; `algorithm.name` selects it."""
     learner: LearnerConfig = LearnerConfig()
+    """Training: layout, optimizer, batching."""
     rollout: RolloutConfig = RolloutConfig()
+    """Generation: engines, groups, limits."""
     environment: EnvironmentConfig = EnvironmentConfig()
+    """Tasks and tools."""
     evaluation: EvaluationConfig = EvaluationConfig()
+    """When and on what the policy is measured."""
     checkpoint: CheckpointConfig = CheckpointConfig()
+    """When the run's state is saved."""
     observability: ObservabilityConfig = ObservabilityConfig()
+    """What is recorded and shown."""
 
-    @model_validator(mode="after")
-    def _consistent(self) -> RunConfig:
+    @property
+    def folder(self) -> Path:
+        return Path(self.runs) / self.name
+
+    def conflicts(self) -> list[str]:
+        """Problems between sections that are valid by themselves, one message each."""
         problems = []
         if self.runtime == "inline" and self.learner.parallel.world_size != 1:
             problems.append(
                 f"learner.parallel.world_size = {self.learner.parallel.world_size} needs runtime = 'ray'; "
-                "runtime = 'inline' holds one rank: set learner.parallel.world_size and tp, pp to 1")
+                "runtime = 'inline' holds one rank: set learner.parallel.world_size, tp and pp to 1")
         if self.learner.updates_per_step > self.rollout.prompts_per_step:
             problems.append(
                 f"learner.updates_per_step = {self.learner.updates_per_step} exceeds rollout.prompts_per_step = "
                 f"{self.rollout.prompts_per_step}: a mini-batch needs at least one group")
-        if problems:
-            raise ValueError("; ".join(problems))
+        return problems
+
+    @model_validator(mode="after")
+    def _consistent(self) -> RunConfig:
+        if problems := self.conflicts():
+            raise ValueError("\n".join(problems))
         return self

@@ -1,0 +1,107 @@
+"""pydantic's errors in the user's words: key, value, where it was set, what was expected, the nearest valid choice."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from pydantic_core import ErrorDetails
+
+from launcher.schema import describe, did_you_mean, fields_at, known_keys, models_of, tag_of
+from launcher.sources import KeyPath, Problem, Settings
+
+
+def keys_of(loc: Sequence[str | int]) -> KeyPath:
+    """pydantic's location → key path: without the tags of unions and the indices of lists."""
+    path: KeyPath = ()
+    for part in loc:
+        if isinstance(part, int):
+            break
+        fields = fields_at(path) if path else []
+        tags = [tag_of(model, f.discriminator) for f in fields if f.discriminator for model in models_of(f.annotation)]
+        if part not in tags:
+            path = (*path, part)
+    return path
+
+
+def explain(detail: ErrorDetails, settings: Settings) -> list[Problem]:
+    path = keys_of(detail["loc"])
+    if detail["type"] == "value_error" and not path:
+        return [conflict(message, settings) for message in str(detail["ctx"]["error"]).splitlines()]
+    dotted, source, given = ".".join(path), settings.source(path), detail["input"]
+    setting = f"{dotted} = {shown(given)}"
+    match detail["type"]:
+        case "extra_forbidden":
+            message = _unknown_key(path, settings)
+        case "missing":
+            setting, message = dotted, f"is required: {_expected(path)}"
+            source = settings.source(path[:-1]) if len(path) > 1 else ""
+        case "union_tag_invalid":
+            tag = str(detail["ctx"]["discriminator"]).strip("'")
+            choices = [tag_of(m, tag) for f in fields_at(path) for m in models_of(f.annotation)]
+            given = given[tag]
+            setting = f"{dotted}.{tag} = {shown(given)}"
+            source = settings.source((*path, tag))
+            message = f"expected one of {', '.join(map(repr, choices))}{did_you_mean(str(given), choices)}"
+        case "value_error":
+            setting, message = dotted, str(detail["ctx"]["error"])
+        case _:
+            position = next((f" (element {part + 1})" for part in detail["loc"] if isinstance(part, int)), "")
+            message = f"expected {_expected(path)}{position}{_nearest(detail, path)}"
+    return [Problem(dotted, setting, source, message)]
+
+
+def shown(value: Any) -> str:
+    text = json.dumps(value, default=str, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _expected(path: KeyPath) -> str:
+    field = fields_at(path)[0]
+    meaning = f" ({field.description})" if field.description and field.is_required() else ""
+    return describe(field.annotation, field.metadata) + meaning
+
+
+def _nearest(detail: ErrorDetails, path: KeyPath) -> str:
+    """The nearest valid value, where there is one."""
+    bounds = detail.get("ctx", {})
+    given = detail["input"]
+    if detail["type"] == "literal_error":
+        choices = [str(c) for field in fields_at(path) for c in field.annotation.__args__]
+        return did_you_mean(str(given), choices)
+    for bound in ("ge", "le"):
+        if bound in bounds:
+            return f"; the nearest valid value is {bounds[bound]:g}"
+    if detail["type"] == "int_from_float":
+        return f"; the nearest valid value is {round(given)}"
+    return ""
+
+
+def _unknown_key(path: KeyPath, settings: Settings) -> str:
+    section, key = path[:-1], path[-1]
+    known = list(dict.fromkeys(known_keys()))
+    for field in fields_at(section):
+        if field.discriminator and path in known:
+            tag: Any = settings.values
+            for part in (*section, field.discriminator):
+                tag = tag[part]
+            owners = [tag_of(m, field.discriminator) for m in models_of(field.annotation) if key in m.model_fields]
+            return f"is a key of {' and '.join(map(repr, owners))}, not of {tag!r}"
+    siblings = [k[-1] for k in known if k[:-1] == section]
+    near = difflib.get_close_matches(key, siblings, 1)
+    near += [".".join(k) for k in known if k[:-1] != section and (k[-1] == key or ".".join(k) == key)][:3]
+    if not near:
+        leaves = difflib.get_close_matches(key, sorted({k[-1] for k in known}), 1)
+        near = [".".join(k) for k in known if k[-1] in leaves][:3]
+    if near:
+        return f"unknown key; did you mean {' or '.join(map(repr, near))}?"
+    return f"unknown key; {'.'.join(section) or 'the top level'} has: {', '.join(siblings)}"
+
+
+def conflict(message: str, settings: Settings) -> Problem:
+    """A conflict's message begins with `key = value`."""
+    setting, _, rest = message.partition(" = ")
+    value, _, reason = rest.partition(" ")
+    return Problem(setting, f"{setting} = {value}", settings.source(tuple(setting.split("."))), reason)

@@ -1,0 +1,127 @@
+"""YAML file + `--a.b value` overrides → RunConfig, with every problem in one message.
+
+The file and the overrides become one plain tree that pydantic validates once, so that a wrong key in the file, a
+wrong value on the command line and a model that does not fit the layout are reported together. (A command-line
+generator such as tyro validates its own arguments and stops at the first error, before the file is looked at.)
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from launcher.explain import conflict, explain, keys_of, shown
+from launcher.schema import did_you_mean
+from launcher.sources import ConfigError, KeyPath, Problem, Settings, apply_overrides, read_yaml
+from megatron_pbsd.config import ModelConfig, ParallelConfig, RunConfig
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = (), check_model: bool = True) -> RunConfig:
+    """Read, override and check a configuration. `check_model` also looks into the model's folder.
+
+    ConfigError (exit code 2 on the command line) lists all problems.
+    """
+    settings = read_yaml(Path(path))
+    apply_overrides(settings, overrides)
+    _default_variants(settings.values)
+    problems = list(settings.problems)
+    config: RunConfig | None = None
+    bad: list[KeyPath] = [tuple(p.key.split(".")) for p in problems if p.key]
+    try:
+        config = RunConfig.model_validate(settings.values)
+    except ValidationError as error:
+        details = error.errors(include_url=False, include_context=True)
+        problems += [problem for detail in details for problem in explain(detail, settings)]
+        bad += [keys_of(detail["loc"]) for detail in details if detail["loc"]]
+        if any(detail["loc"] for detail in details):
+            problems += _conflicts_despite(bad, settings)
+    sound = config or _Lenient.salvage(settings.values, bad)
+    if check_model and sound.model is not None:
+        parallel = None if any(path[0] == "learner" for path in bad) else sound.learner.parallel
+        problems += _model_problems(sound.model, parallel, settings)
+    if problems or config is None:
+        raise ConfigError(path, problems)
+    return config
+
+
+def _default_variants(values: dict[str, Any]) -> None:
+    """A union's section that does not name its variant means the default one, like every other missing key."""
+    for key, field in RunConfig.model_fields.items():
+        if field.discriminator and isinstance(section := values.get(key), dict):
+            section.setdefault(field.discriminator, getattr(field.default, field.discriminator))
+
+
+class _Lenient(RunConfig):
+    """A RunConfig in which nothing is required and sections need not agree."""
+
+    name: str = "unnamed"
+    steps: int = 1
+    model: ModelConfig | None = None
+
+    def _consistent(self) -> _Lenient:
+        return self
+
+    @classmethod
+    def salvage(cls, values: dict[str, Any], bad: Sequence[KeyPath]) -> _Lenient:
+        """The settings without those at the `bad` paths, which take their defaults."""
+        values = copy.deepcopy(values)
+        while True:
+            for path in bad:
+                _remove(values, path)
+            try:
+                return cls.model_validate(values)
+            except ValidationError as error:  # what was removed is required: remove what it is required in
+                bad = [keys_of(detail["loc"])[:-1] or keys_of(detail["loc"]) for detail in error.errors()]
+
+
+def _remove(values: Any, path: KeyPath) -> None:
+    for key in path[:-1]:
+        values = values.get(key) if isinstance(values, dict) else None
+    if isinstance(values, dict) and path:
+        values.pop(path[-1], None)
+
+
+def _conflicts_despite(bad: Sequence[KeyPath], settings: Settings) -> list[Problem]:
+    """Conflicts between sections that do not involve a key already reported."""
+    dotted = [".".join(path) for path in bad]
+    return [problem for message in _Lenient.salvage(settings.values, bad).conflicts()
+            if not any(key in message for key in dotted) for problem in [conflict(message, settings)]]
+
+
+def _model_problems(model: ModelConfig, parallel: ParallelConfig | None, settings: Settings) -> list[Problem]:
+    """Look into the model's folder. `parallel` is None when the layout itself is wrong already."""
+    folder, source = Path(model.path), settings.source(("model", "path"))
+
+    def problem(message: str) -> list[Problem]:
+        return [Problem("model.path", f"model.path = {shown(model.path)}", source, message)]
+
+    if not folder.is_dir():
+        siblings = [str(p) for p in folder.parent.iterdir() if p.is_dir()] if folder.parent.is_dir() else []
+        return problem(f"no such folder (seen from {Path.cwd()}){did_you_mean(str(folder), siblings)}")
+    try:
+        hf_config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return problem("expected a folder in Hugging Face format: it has no config.json")
+    except (OSError, ValueError) as error:
+        return problem(f"its config.json cannot be read: {error}")
+    if not isinstance(hf_config, dict):
+        return problem("its config.json is not a JSON object")
+    problems = []
+    if not (folder / "tokenizer.json").is_file():
+        problems += problem("it has no tokenizer.json")
+    weights = ("model.safetensors", "model.safetensors.index.json")
+    if model.initial_weights == "load" and not any((folder / name).is_file() for name in weights):
+        problems += problem("it has no model.safetensors; model.initial_weights = 'random' starts without")
+    if parallel is not None:
+        from megatron_pbsd.models import layout_problems
+
+        try:
+            problems += [conflict(message, settings) for message in layout_problems(hf_config, parallel)]
+        except ValueError as error:  # a model that the families do not know, or not like this
+            problems += problem(str(error))
+    return problems
