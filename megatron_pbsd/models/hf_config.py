@@ -32,7 +32,9 @@ def ignored() -> FieldRule:
     return FieldRule("ignored")
 
 
-def checked(config: Mapping[str, Any], rules: Mapping[str, FieldRule], required: tuple[str, ...], prefix: str = "") -> None:
+def checked(
+    config: Mapping[str, Any], rules: Mapping[str, FieldRule], required: tuple[str, ...], prefix: str = ""
+) -> None:
     """ModelError with one sentence per field that is missing, unknown or has an unsupported value."""
     problems = [f"'{prefix}{name}' is missing" for name in required if name not in config]
     for name, value in config.items():

@@ -47,8 +47,9 @@ def test_primary_pieces_cover_every_element_once_and_locals_are_tiled(parallel, 
 def test_fused_qkv_is_interleaved_by_key_value_head():
     hf = hf_config()
     parallel = ParallelConfig(world_size=2, tp=2, pp=1)
-    pieces = family(hf).pieces(hf, parallel, coordinates(parallel, 1))["decoder.layers.0.self_attention.linear_qkv.weight"]
-    rows = [(p.hf_name.split(".")[-2], p.hf_index[0].start, p.hf_index[0].stop) for p in pieces]
+    local = family(hf).pieces(hf, parallel, coordinates(parallel, 1))
+    rows = [(p.hf_name.split(".")[-2], p.hf_index[0].start, p.hf_index[0].stop)
+            for p in local["decoder.layers.0.self_attention.linear_qkv.weight"]]
     assert rows == [("q_proj", 8, 12), ("k_proj", 4, 6), ("v_proj", 4, 6),
                     ("q_proj", 12, 16), ("k_proj", 6, 8), ("v_proj", 6, 8)]
 
