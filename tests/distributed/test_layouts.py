@@ -264,3 +264,27 @@ def find_damage(rank, rendezvous, folder, parallel, segment):
         return intact, learner.differing(manifest)
     finally:
         learner.close()
+
+
+@pytest.mark.parametrize("name", ["one", "tp2", "dp2"])
+def test_the_first_update_after_scoring_has_ratio_one(ranks, hf_folders, name):
+    parallel = LAYOUTS[name]
+    metrics = ranks.run(on_policy_step, parallel.world_size, hf_folders[True], parallel)[0]
+    for key, wanted in {"ratio_mean": 1, "ratio_max": 1, "kl_old": 0, "clip_fraction": 0, "kl_rollout": 0}.items():
+        assert metrics[f"loss/{key}"] == pytest.approx(wanted, abs=1e-5)
+
+
+def on_policy_step(rank, rendezvous, folder, parallel):
+    import torch.distributed as dist
+
+    from megatron_pbsd.learner.learner import Learner
+
+    learner = Learner(rank, rendezvous, ModelConfig(path=str(folder)), LearnerConfig(parallel=parallel),
+                      losses.build(PolicyLossConfig()), seed=0, total_steps=1)
+    try:
+        batch, scores = make_batch(), [None]
+        scores[0] = learner.log_probs(batch)
+        dist.broadcast_object_list(scores)
+        return learner.step(batch.with_fields(old_log_probs=scores[0], rollout_log_probs=scores[0]))
+    finally:
+        learner.close()
