@@ -28,6 +28,7 @@ class EmbeddedEngine:
 
     model_path: local Hugging Face folder. slots: chunks that run at once, and contexts whose KV is kept.
     max_context: most tokens of a trajectory, prompt and observations included. threads: torch threads of the process.
+    load_weights: False leaves the weights to the first publication.
     """
 
     def __init__(
@@ -40,12 +41,13 @@ class EmbeddedEngine:
         device: str = "cpu",
         dtype: str = "float32",
         threads: int = 1,
+        load_weights: bool = True,
     ) -> None:
         self.name = name
         self._max_context = max_context
         torch.set_num_threads(threads)
         try:
-            self._model = PackedModel(model_path, max_context, device, dtype)
+            self._model = PackedModel(model_path, max_context, device, dtype, load_weights)
             self._parameters = checkpoint_views(self._model.module)
             self._cache = SlotCache(slots, padded_keys(max_context))
             self._model.warm_up(self._cache)
