@@ -47,11 +47,13 @@ class Frame:
 
 
 def number(value: float) -> str:
-    """Three significant digits."""
+    """Three significant digits, and a true minus sign."""
+    if value < 0:
+        return "−" + number(-value)
     if value == 0:
         return "0"
-    if 0.001 <= abs(value) < 10_000:
-        digits = max(0, 2 - math.floor(math.log10(abs(value))))
+    if 0.001 <= value < 10_000:
+        digits = max(0, 2 - math.floor(math.log10(value)))
         text = f"{value:,.{digits}f}"
         return text.rstrip("0").rstrip(".") if "." in text else text
     return f"{value:.2g}"
@@ -176,10 +178,11 @@ def _value_label(frame: Frame, line: Line, index: int, form: Format) -> str:
     at, down = frame.px(x), frame.py(y)
     if last:
         at, down, anchor = at + 7, down + 4, "start"
+    elif index == 0:
+        down, anchor = down + 18, "start"
     else:  # beside the curve: above, and to the left of a rise or to the right of a fall
-        rises = frame.py(line.points[index + 1][1]) <= down
-        at, down, anchor = (at, down - 9, "end" if rises and index else "start")
-        down = down + 26 if down < TOP + 6 else down
+        down, anchor = down - 9, "end" if frame.py(line.points[index + 1][1]) <= down else "start"
+    down += 26 if down < TOP - 3 else 0
     return f'<text class="value" x="{at:.1f}" y="{down:.1f}" text-anchor="{anchor}">{_text(form(y))}</text>'
 
 
