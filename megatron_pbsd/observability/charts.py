@@ -65,14 +65,14 @@ def percent(value: float) -> str:
 
 def ticks(low: float, high: float, count: int = 4) -> list[float]:
     """Round values that enclose [low, high], about `count` of them."""
-    if high <= low:
-        margin = abs(low) * 0.1 or 1.0
-        low, high = low - margin, high + margin
+    size = max(abs(low), abs(high))
+    if high - low <= 1e-9 * size:
+        low, high = low - (0.1 * size or 1.0), high + (0.1 * size or 1.0)
     rough = (high - low) / count
     unit = 10.0 ** math.floor(math.log10(rough))
     step = next(unit * m for m in (1, 2, 2.5, 5, 10) if unit * m >= rough * 0.999)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [round(i * step, 12) for i in range(first, last + 1)]
+    return [float(f"{i * step:.15g}") for i in range(first, last + 1)]
 
 
 def line_chart(title: str, lines: Sequence[Line], form: Format = number, from_zero: bool = False,
