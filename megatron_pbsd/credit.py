@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import islice
 
 import numpy as np
 
 from megatron_pbsd.algorithms import Algorithm, Outcome
 from megatron_pbsd.batch import Batch, from_trajectories
-from megatron_pbsd.trajectory import Trajectory
+from megatron_pbsd.trajectory import Group, Trajectory, trajectories_of
 
 LogProbs = Callable[[Batch], list[np.ndarray]]
 
@@ -24,22 +25,18 @@ def score(algorithm: Algorithm, trajectories: Sequence[Trajectory],
     Returns the training batch with `old_log_probs` and `reward`, and the teacher's log-probs of generated tokens.
     """
     batch = from_trajectories(trajectories)
-    sequences = list(batch["tokens"])
-    teacher_batch = from_trajectories(trajectories, privileged=True) if algorithm.needs_teacher else None
-    if teacher_batch is not None:
-        sequences += teacher_batch["tokens"]
-    scores = log_probs(Batch({"tokens": sequences}))
-    old = [np.where(mask > 0, s, 0) for mask, s in zip(batch["loss_mask"], scores[: batch.size], strict=True)]
-    batch = batch.with_fields(old_log_probs=old, reward=[np.float32(t.reward) for t in trajectories])
-    if teacher_batch is None:
-        return batch, None
-    teacher = [s[mask > 0] for mask, s in zip(teacher_batch["loss_mask"], scores[batch.size :], strict=True)]
-    return batch, teacher
+    passes = [batch, from_trajectories(trajectories, privileged=True)] if algorithm.needs_teacher else [batch]
+    masks = [mask for one in passes for mask in one["loss_mask"]]
+    scores = log_probs(Batch({"tokens": [t for one in passes for t in one["tokens"]], "loss_mask": masks}))
+    teacher = [s[mask > 0] for mask, s in zip(masks[batch.size :], scores[batch.size :], strict=True)]
+    batch = batch.with_fields(old_log_probs=scores[: batch.size], reward=[np.float32(t.reward) for t in trajectories])
+    return batch, teacher or None
 
 
-def assign(algorithm: Algorithm, trajectories: Sequence[Trajectory], batch: Batch,
-           teacher: list[np.ndarray] | None) -> tuple[list[Trajectory], Batch, dict[str, float]]:
+def assign(algorithm: Algorithm, groups: Sequence[Group], batch: Batch,
+           teacher: list[np.ndarray] | None) -> tuple[list[Group], Batch, dict[str, float]]:
     """Credit every generated token; trajectories come back with what was found about each of their turns."""
+    trajectories = trajectories_of(groups)
     generated = [mask > 0 for mask in batch["loss_mask"]]
     outcomes = [
         Outcome(
@@ -58,15 +55,16 @@ def assign(algorithm: Algorithm, trajectories: Sequence[Trajectory], batch: Batc
         row = np.zeros(len(mask), np.float32)
         row[mask] = values
         advantages.append(row)
-    annotated = [
+    annotated = iter([
         replace(
             trajectory,
             evidence=None if credit.evidence is None else tuple(map(float, credit.evidence[i])),
             turn_advantages=tuple(_turn_means(outcomes[i], credit.advantages[i])),
         )
         for i, trajectory in enumerate(trajectories)
-    ]
-    return annotated, batch.with_fields(advantages=advantages), credit.metrics
+    ])
+    groups = [replace(group, trajectories=tuple(islice(annotated, len(group.trajectories)))) for group in groups]
+    return groups, batch.with_fields(advantages=advantages), credit.metrics
 
 
 def _turn_means(outcome: Outcome, advantages: np.ndarray) -> list[float]:

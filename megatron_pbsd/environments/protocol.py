@@ -57,6 +57,9 @@ class Environment(Protocol):
     def privileged_prompt(self, task: Task, answer: str) -> tuple[int, ...]:
         """The same with `answer` disclosed: the teacher's (PBSD.md, Setting)."""
 
+    def neutral_text(self, answer: str) -> str:
+        """Text of as many tokens as `answer` that says nothing: a control for the teacher."""
+
     def reply(self, task: Task, turns: Sequence[Turn], tokens: Sequence[int]) -> Reply:
         """Answer the newly generated `tokens`, given the earlier turns. Malformed input gets an observation."""
 

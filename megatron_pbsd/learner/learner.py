@@ -16,7 +16,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_pbsd.batch import Batch
 from megatron_pbsd.config import LearnerConfig, ModelConfig
-from megatron_pbsd.learner import weights
+from megatron_pbsd.learner import state, weights
 from megatron_pbsd.learner.microbatch import MicroBatch, micro_batches
 from megatron_pbsd.learner.model import build_model, build_optimizer
 from megatron_pbsd.learner.parallel_state import connect, disconnect
@@ -58,7 +58,7 @@ class Learner:
         hf = read(model.path)
         self._family = family(hf)
         self._shapes = self._family.hf_tensors(hf)
-        self.platform.prepare()
+        self.platform.prepare(rank)
         with self.platform.running():
             at = connect(self.platform, config.parallel, rank, rendezvous, config.deadline_s)
             self.platform.seed(seed)
@@ -127,6 +127,16 @@ class Learner:
     def publish(self, manifest: WeightsManifest) -> None:
         """Write this rank's part of the weights into the shared segment."""
         weights.publish(self._parameters, self._pieces, manifest)
+
+    def save(self, folder: str) -> None:
+        """Write model, optimizer, schedule and random numbers of all ranks into `folder`, readable at any layout."""
+        with self.platform.running():
+            state.save(folder, self._policy, self._optimizer, self._scheduler, self.platform)
+
+    def load(self, folder: str) -> None:
+        """Inverse of `save`. FileNotFoundError when there is nothing to load."""
+        with self.platform.running():
+            state.load(folder, self._policy, self._optimizer, self._scheduler, self.platform)
 
     def close(self) -> None:
         """Leave the process groups; the learner is unusable afterwards."""

@@ -12,7 +12,8 @@ import torch
 from safetensors import safe_open
 
 from megatron_pbsd.models.parameters import Index, ParameterMap, local_shape
-from megatron_pbsd.resharding.manifest import WeightsManifest, view
+from megatron_pbsd.resharding.manifest import WeightsManifest
+from megatron_pbsd.resharding.shared_memory import attach
 
 Source = Callable[[str, Index], torch.Tensor]
 """(Hugging Face name, index) → that part of the tensor."""
@@ -84,19 +85,15 @@ def publish(parameters: Mapping[str, torch.Tensor], pieces: ParameterMap, manife
 
     ValueError when a tensor is not in the manifest or differs in dtype.
     """
-    # Mapped as a file: attaching through multiprocessing would hand the segment to this process's resource tracker.
-    segment = torch.from_file(
-        f"/dev/shm/{manifest.segment}", shared=True, size=manifest.nbytes, dtype=torch.uint8).numpy().data
-    entries = {entry.name: entry for entry in manifest.entries}
+    published = attach(manifest)
     with torch.no_grad():
         for name, parts in pieces.items():
             for piece in parts:
                 if not piece.primary:
                     continue
-                entry = entries.get(piece.hf_name)
-                if entry is None:
+                if piece.hf_name not in published:
                     raise ValueError(f"the weights manifest has no tensor {piece.hf_name!r}")
-                target = view(segment, entry)
+                target = published[piece.hf_name]
                 if target.dtype != parameters[name].dtype:
                     raise ValueError(f"{piece.hf_name}: the manifest says {target.dtype}, "
                                      f"the learner holds {parameters[name].dtype}")

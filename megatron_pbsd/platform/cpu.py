@@ -91,7 +91,7 @@ class Cpu:
     def device(self, rank: int) -> torch.device:
         return CPU
 
-    def prepare(self) -> None:
+    def prepare(self, rank: int) -> None:
         installed = version("megatron-core")
         if installed != MEGATRON_VERSION:
             raise PlatformError(f"megatron-core {installed} is installed; the CPU platform needs {MEGATRON_VERSION}")

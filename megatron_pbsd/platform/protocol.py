@@ -28,8 +28,8 @@ class Platform(Protocol):
     def device(self, rank: int) -> torch.device:
         """Device of a global rank."""
 
-    def prepare(self) -> None:
-        """Once per process, before the first process group: make Megatron-core usable here."""
+    def prepare(self, rank: int) -> None:
+        """Before the first process group: make Megatron-core usable in this process, which is global rank `rank`."""
 
     def running(self) -> AbstractContextManager[None]:
         """Surrounds every call into Megatron-core, in the thread that makes it."""

@@ -143,3 +143,9 @@ def test_fiction_keeps_no_name_of_the_chain(environment):
         demonstration = world.demonstration(index)
         asked = f" {environment.decode(demonstration.prompt)} "
         assert f" {canonical(questions[demonstration.task_id].chain[0].anchor)} " not in asked
+
+
+@pytest.mark.parametrize("answer", ["Paris", "Guinea-Bissau", "1960", "Mount Everest"])
+def test_neutral_text_is_as_long_as_the_answer_in_tokens(environment, answer):
+    encode = environment.tokenizer.encode
+    assert len(encode(environment.neutral_text(answer))) == len(encode(answer))

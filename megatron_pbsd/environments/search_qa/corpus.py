@@ -65,9 +65,10 @@ class Passage:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Passages by id, and what they were made from."""
+    """Passages by id, the uncut text of each, and what they were made from."""
 
     passages: tuple[Passage, ...]
+    sources: tuple[str, ...]
     countries: tuple[Country, ...]
     elements: tuple[Element, ...]
     names: NameResolver
@@ -83,47 +84,63 @@ def load_corpus() -> Corpus:
     names = NameResolver(countries)
     texts = {**_country_texts(countries, names), **_element_texts(elements)}
     passages = tuple(Passage(i, title, cut(text, PASSAGE_WORDS)) for i, (title, text) in enumerate(texts.items()))
-    return Corpus(passages, countries, elements, names, {passage.title: passage for passage in passages})
+    by_title = {passage.title: passage for passage in passages}
+    return Corpus(passages, tuple(texts.values()), countries, elements, names, by_title)
 
 
 def _country_texts(countries: Sequence[Country], names: NameResolver) -> dict[str, str]:
     texts = {}
     for country in countries:
         for label, path in (_FACT_FIELDS | _OTHER_FIELDS).items():
-            # A few records keep the language list one level higher.
-            text = country.field(*path) or (country.field(*path[:-1]) if label == "Languages" else "")
+            text = country.field(*path)
             if label in _REWRITES:
-                text = _REWRITES[label](text, names)
+                text = _REWRITES[label](text, country, names)
             if text and text.lower() not in ("none", "na"):
                 texts[f"{country.name}: {label}"] = text
     return texts
 
 
-def _without_rate(text: str, names: NameResolver) -> str:
+def _currency(text: str, country: Country, names: NameResolver) -> str:
     return re.sub(r"\s*per US dollar.*$", "", text)
 
 
-def _with_known_names(text: str, names: NameResolver) -> str:
+def _partners(text: str, country: Country, names: NameResolver) -> str:
     return names.rewrite(text)
 
 
-def _with_full_names(text: str, names: NameResolver) -> str:
+def _independence(text: str, country: Country, names: NameResolver) -> str:
     return re.sub(r"\bU[KS]\b", lambda match: names.resolve(match[0]) or match[0], text)
 
 
-def _without_shouting(text: str, names: NameResolver) -> str:
+def _cities(text: str, country: Country, names: NameResolver) -> str:
     """'2.9 million DAR ES SALAAM (capital)' -> '2.9 million Dar es Salaam (capital)'."""
     text = re.sub(r"(?<=[A-Z][ -])(ES|AU|OF|LA)\b", lambda match: match[0].lower(), text)
     return re.sub(r"[A-Z]{2,}(?:'S\b)?", lambda match: match[0].capitalize(), text)
 
 
+def _languages(text: str, country: Country, names: NameResolver) -> str:
+    """Some records keep the list one level higher; the note may add official languages."""
+    text = text or country.field("People and Society", "Languages")
+    note = country.field("People and Society", "Languages", "note")
+    return f"{text}; {note}" if text and note else text
+
+
+def _anthem(text: str, country: Country, names: NameResolver) -> str:
+    """Records of countries with several anthems keep the last only: the royal one, or that of the mother country."""
+    history = country.field("Government", "National anthem(s)", "history")
+    other = r"(?<!national and )royal anthem(?! for many)|^official anthem|secondary anthem|used? since 1745$"
+    return "" if re.search(other, history) else text
+
+
 _REWRITES = {
-    "Currency": _without_rate,
-    "Export partners": _with_known_names,
-    "Import partners": _with_known_names,
-    "Land borders": _with_known_names,
-    "Independence": _with_full_names,
-    "Largest cities": _without_shouting,
+    "Currency": _currency,
+    "Export partners": _partners,
+    "Import partners": _partners,
+    "Land borders": _partners,
+    "Independence": _independence,
+    "Largest cities": _cities,
+    "Languages": _languages,
+    "National anthem": _anthem,
 }
 
 

@@ -19,29 +19,26 @@ _NAMES = {
     "fm": "Micronesia",
     "gz": "Gaza Strip",
     "io": "British Indian Ocean Territory",
-    "iv": "Ivory Coast",
     "sh": "Saint Helena",
     "vq": "US Virgin Islands",
 }
 # Names that the factbook's trade, border and history fields use for an entry.
 _ALIASES = {
     "ae": ("UAE",),
-    "ba": ("Bahrain",),
     "bf": ("Bahamas", "Bahamas, The"),
     "bm": ("Myanmar",),
     "cf": ("Congo, Republic of the", "Congo"),
     "cg": ("Democratic Republic of the Congo", "Congo, Democratic Republic of the"),
     "ez": ("Czech Republic",),
     "ga": ("Gambia", "Gambia, The"),
-    "iv": ("Cote d'Ivoire",),
+    "iv": ("Ivory Coast",),
     "kn": ("N. Korea",),
     "ks": ("S. Korea", "Korea, South"),
     "nl": ("Holland",),
     "nz": ("NZ",),
-    "td": ("Trinidad & Tobago",),
     "tu": ("Turkiye",),
-    "uk": ("UK", "the UK", "Britain", "Great Britain"),
-    "us": ("USA", "US", "the US", "United States of America"),
+    "uk": ("UK", "Britain", "Great Britain"),
+    "us": ("USA", "US"),
     "vt": ("Vatican City",),
 }
 # Two military bases that share a capital, the European Union, a group of islands, the world.
@@ -79,10 +76,10 @@ def load_countries() -> tuple[Country, ...]:
 def _country(code: str, record: Mapping) -> Country:
     names = Country("", (), record)
     short = without_parentheses(names.field("Government", "Country name", "conventional short form"))
-    long = without_parentheses(names.field("Government", "Country name", "conventional long form"))
+    long = without_parentheses(names.field("Government", "Country name", "conventional long form")).split(";")[0]
     name = re.sub(r"^The ", "", _NAMES.get(code, short))
     aliases = dict.fromkeys((short, long, *_ALIASES.get(code, ())))
-    return Country(name, tuple(alias for alias in aliases if alias not in ("", "none", name)), record)
+    return Country(name, tuple(alias for alias in aliases if alias not in ("", "none", "The Dominican", name)), record)
 
 
 class NameResolver:
@@ -93,7 +90,7 @@ class NameResolver:
 
     def resolve(self, text: str) -> str | None:
         """Name of the country that `text` names as a whole, else None."""
-        text = text.strip()
+        text = text.strip().replace(" & ", " and ")
         return self._names.get(text) or self._names.get(text.removeprefix("the "))
 
     def rewrite(self, text: str) -> str:

@@ -11,7 +11,8 @@ from pathlib import Path
 from megatron_pbsd.environments.search_qa.text import plain
 
 _COLUMNS = (
-    "name, symbol, atomic_number, discovery_year, discovery_location, discoverers, name_origin, sources, uses, description"
+    "name, symbol, atomic_number, discovery_year, discovery_location, discoverers, "
+    "name_origin, sources, uses, description"
 )
 # Rows of the discovery table that contradict the literature (neodymium: 1885) or are disputed.
 _DOUBTFUL_DISCOVERY = {"Neodymium", "Platinum", "Nobelium", "Livermorium"}

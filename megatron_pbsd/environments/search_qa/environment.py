@@ -75,6 +75,9 @@ class SearchQA:
         hint = (ids[tags.HINT], *self.tokenizer.encode(answer), ids[tags.END_HINT])
         return (ids[tags.USER], *self.tokenizer.encode(task.question), *hint, ids[tags.ASSISTANT])
 
+    def neutral_text(self, answer: str) -> str:
+        return " ".join(["the"] * len(self.tokenizer.encode(answer)))
+
     def reply(self, task: Task, turns: Sequence[Turn], tokens: Sequence[int]) -> Reply:
         move = self.parse(tokens)
         if move is None:

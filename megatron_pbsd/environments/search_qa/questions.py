@@ -16,8 +16,9 @@ from megatron_pbsd.environments.search_qa.retriever import Retriever
 from megatron_pbsd.environments.search_qa.verifier import normalise
 
 MAX_HOPS = 3
+MAX_QUESTION_WORDS = 20
 # No answer may hold a larger share of a split's questions with the same number of hops: constant guesses must fail.
-MAX_ANSWER_SHARE = 0.03
+MAX_ANSWER_SHARE = 0.015
 
 
 @dataclass(frozen=True)
@@ -67,22 +68,19 @@ def generate_questions(
     if unknown := limits.keys() - {"train", "heldout"}:
         raise ValueError(f"unknown split {sorted(unknown)[0]!r} in limits; the splits are 'train' and 'heldout'")
     hops = _Hops(corpus, facts, retriever)
+    held_out = {fact.subject for fact in facts if is_held_out(fact.subject)}
     questions: dict[str, list[Question]] = {split: [] for split in limits}
     for length in range(1, MAX_HOPS + 1):
         chains = defaultdict(list)
         for chain in hops.chains(length):
-            if split := _split(chain):
-                chains[split].append(chain)
+            if chain[0].subject in held_out:
+                chains["heldout"].append(chain)
+            elif not any(hop.subject in held_out for hop in chain):
+                chains["train"].append(chain)
         for split, limit in limits.items():
             for chain in _sample(chains[split], limit, random.Random(f"{seed} {split} {length}")):
                 questions[split].append(_question(split, len(questions[split]), chain, hops.aliases))
     return {split: tuple(of_split) for split, of_split in questions.items()}
-
-
-def _split(chain: Sequence[Hop]) -> str | None:
-    if is_held_out(chain[0].subject):
-        return "heldout"
-    return None if any(is_held_out(hop.subject) for hop in chain) else "train"
 
 
 class _Hops:
@@ -117,14 +115,15 @@ class _Hops:
 
 def _texts_by_label(corpus: Corpus) -> dict[str, list[str]]:
     texts = defaultdict(list)
-    for passage in corpus.passages:
-        texts[passage.title.partition(": ")[2]].append(f" {normalise(passage.text)} ")
+    for passage, source in zip(corpus.passages, corpus.sources, strict=True):
+        texts[passage.title.partition(": ")[2]].append(f" {normalise(source)} ")
     return texts
 
 
 def _count(answer: str, texts: Iterable[str]) -> int:
     """How many of the normalised `texts` mention `answer`: one, if nothing else could be meant."""
-    return sum(f" {normalise(answer)} " in text for text in texts)
+    mention = f" {normalise(answer)} "
+    return sum(mention in text for text in texts)
 
 
 def _finds(retriever: Retriever, hop: Hop) -> bool:
@@ -137,36 +136,39 @@ def _sample(chains: list[tuple[Hop, ...]], limit: int, rng: random.Random) -> li
     rng.shuffle(chains)
     groups = defaultdict(list)
     for chain in chains:
-        if not _gives_itself_away(chain):
-            groups[chain[-1].relation, chain[-1].inverse].append(chain)
+        groups[chain[-1].relation, chain[-1].inverse].append(chain)
     while True:
-        chosen = _round_robin(list(groups.values()), limit, int(limit * MAX_ANSWER_SHARE))
+        chosen = _round_robin(groups.values(), limit, max(1, int(limit * MAX_ANSWER_SHARE)))
         if len(chosen) == limit:
             rng.shuffle(chosen)
             return chosen
         limit = len(chosen)  # the cap is a share of what there is
 
 
-def _round_robin(groups: list[list[tuple[Hop, ...]]], limit: int, cap: int) -> list[tuple[Hop, ...]]:
+def _round_robin(groups: Iterable[list[tuple[Hop, ...]]], limit: int, cap: int) -> list[tuple[Hop, ...]]:
+    """Take the next good chain of each group in turn until there are `limit`, no answer more than `cap` times."""
     chosen: list[tuple[Hop, ...]] = []
     seen: Counter[str] = Counter()
     queues = [iter(group) for group in groups]
-    while queues and len(chosen) < limit:
+    while queues:
         for queue in tuple(queues):
-            chain = next((chain for chain in queue if seen[normalise(chain[-1].target)] < cap), None)
+            if len(chosen) == limit:
+                return chosen
+            chain = next((chain for chain in queue if seen[chain[-1].target.lower()] < cap and _is_fair(chain)), None)
             if chain is None:
                 queues.remove(queue)
-            elif len(chosen) < limit:
-                seen[normalise(chain[-1].target)] += 1
+            else:
+                seen[chain[-1].target.lower()] += 1
                 chosen.append(chain)
     return chosen
 
 
-def _gives_itself_away(chain: Sequence[Hop]) -> bool:
-    """Whether the answer stands in the question, or the chain comes back to where it has been."""
+def _is_fair(chain: Sequence[Hop]) -> bool:
+    """Whether the chain never comes back to where it has been, and its question is short and hides the answer."""
     entities = [chain[0].subject, *(hop.target for hop in chain if not hop.inverse)]
-    answer = f" {normalise(chain[-1].target)} "
-    return len(set(entities)) < len(entities) or answer in f" {normalise(ask(chain))} "
+    question = ask(chain)
+    hidden = f" {normalise(chain[-1].target)} " not in f" {normalise(question)} "
+    return hidden and len(set(entities)) == len(entities) and len(question.split()) <= MAX_QUESTION_WORDS
 
 
 def _question(split: str, index: int, chain: tuple[Hop, ...], aliases: dict[str, tuple[str, ...]]) -> Question:

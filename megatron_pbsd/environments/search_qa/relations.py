@@ -61,7 +61,7 @@ _ALL = (
              "the country whose aircraft prefix is {}"),
     Relation("largest_city", "country", "Largest cities", "largest cities", "the largest city of {}",
              "the country whose largest city is {}"),
-    Relation("only_neighbor", "country", "Land borders", "land borders", "the only neighbor of {}",
+    Relation("only_neighbor", "country", "Land borders", "land borders", "the only land neighbor of {}",
              leads_to="country"),
     Relation("symbol", "element", "Symbol", "symbol", "the symbol of {}", "the element with symbol {}"),
     Relation("atomic_number", "element", "Atomic number", "atomic number", "the atomic number of {}",

@@ -9,39 +9,72 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers.modeling_utils import AttentionInterface
 
 PACKED_ATTENTION = "pbsd_packed"
 
+# The order in which CPU kernels (torch's flash attention over MKL) add up a token's attention depends on how many
+# queries and keys they are given. Within the bounds below it does not, so that a token has the same bits however its
+# sequence was cut and whatever ran beside it.
+QUERY_MULTIPLE = 16
+LONGEST_SEGMENT = 128
+KEY_MULTIPLE = 32
+KEY_BLOCK = 512
+
+
+def round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
+def padded_keys(n: int) -> int:
+    """Number of keys to attend over when the longest context is n.
+
+    Keys are taken in blocks of 512, whose products are summed in halves of 256: only the last block may be shorter,
+    and only down to what fits into one half.
+    """
+    blocks, rest = divmod(n, KEY_BLOCK)
+    return blocks * KEY_BLOCK + (round_up(rest, KEY_MULTIPLE) if 2 * rest <= KEY_BLOCK else KEY_BLOCK)
+
+
+def least_queries(head_dim: int) -> int:
+    """Fewest query rows per key/value head that take the same kernel as many rows do."""
+    return max(2, head_dim // 16)
+
 
 @dataclass(frozen=True)
 class Segment:
-    """New tokens `[start, end)` of the row, continuing `past` tokens in `slot`; slot None: nothing is cached.
+    """New tokens `[start, end)` of the row, which continue `past` tokens.
 
-    mask: None where the segment has no past (plain causal), else additive [end - start, past + end - start].
+    slot: where the sequence's keys lie, or None: in the row itself, just before `start`.
+    mask: additive [queries, keys], both rounded up to their multiples; what is beyond the sequence is discarded.
     """
 
     start: int
     end: int
     slot: int | None
     past: int
-    mask: torch.Tensor | None
+    mask: torch.Tensor
+
+    @property
+    def reach(self) -> int:
+        """How long the row must be for the rounded queries, and keys where they lie in the row."""
+        queries, keys = self.mask.shape
+        return self.start + (queries if self.slot is not None else max(queries, keys - self.past))
 
 
 @dataclass(frozen=True)
 class DecodeRows:
     """The first `count` tokens of the row: each is the one new token of a sequence.
 
-    span: range of slots to attend over in place, or None to gather `slots` first (when few of a wide range run).
+    slots [count], increasing. span: range of slots to attend over in place, or None to gather `slots` first.
     token_of_row: for each slot of the span the token it serves (idle slots serve an arbitrary one); None: identity.
-    row_of_token: its inverse. length: longest context. mask: additive [rows, 1, 1, length].
+    row_of_token: its inverse. mask: additive [rows, 1, 1, keys].
     """
 
     count: int
-    length: int
-    mask: torch.Tensor
     slots: torch.Tensor
+    mask: torch.Tensor
     span: tuple[int, int] | None
     token_of_row: torch.Tensor | None
     row_of_token: torch.Tensor | None
@@ -49,35 +82,48 @@ class DecodeRows:
 
 @dataclass(frozen=True)
 class PackedLayout:
-    """Who attends to what in one forward pass; made once per step, shared by all layers."""
+    """Who attends to what in one forward pass; made once per step, shared by all layers.
+
+    The row ends with `padding` tokens that belong to nobody.
+    """
 
     decode: DecodeRows | None
     segments: tuple[Segment, ...]
+    padding: int
 
 
-def causal_mask(count: int, past: int, like: torch.Tensor) -> torch.Tensor:
-    """Additive mask [count, past + count]: new token i sees everything up to position past + i."""
-    blocked = torch.ones(count, past + count, dtype=torch.bool, device=like.device).triu(past + 1)
-    return torch.zeros(count, past + count, dtype=like.dtype, device=like.device).masked_fill_(blocked, float("-inf"))
+def blocked_mask(blocked: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Additive mask: -inf where blocked."""
+    return torch.zeros(blocked.shape, dtype=dtype, device=blocked.device).masked_fill_(blocked, float("-inf"))
+
+
+def split_segment(start: int, count: int, slot: int | None, past: int, like: torch.Tensor) -> list[Segment]:
+    """`count` tokens from `start` on, as segments no longer than LONGEST_SEGMENT."""
+    segments = []
+    for offset in range(0, count, LONGEST_SEGMENT):
+        seen, new = past + offset, min(LONGEST_SEGMENT, count - offset)
+        shape = (round_up(new, QUERY_MULTIPLE), padded_keys(seen + new))
+        blocked = torch.ones(shape, dtype=torch.bool, device=like.device).triu_(seen + 1)
+        mask = blocked_mask(blocked, like.dtype)
+        segments.append(Segment(start + offset, start + offset + new, slot, seen, mask))
+    return segments
 
 
 def decode_rows(slots: Sequence[int], lengths: Sequence[int], like: torch.Tensor) -> DecodeRows:
     """slots: strictly increasing, one per token; lengths: context length of each, the new token included."""
     count, low, high = len(slots), slots[0], slots[-1] + 1
     index = torch.tensor(slots, device=like.device)
-    length = max(lengths)
+    limit = torch.tensor(lengths, device=like.device)
     # Attending over idle slots costs less than copying the running ones out, unless most of the range is idle.
     span = (low, high) if 2 * count >= high - low else None
     token_of_row = row_of_token = None
-    limit = torch.tensor(lengths, device=like.device)
     if span and count < high - low:
         row_of_token = index - low
         token_of_row = torch.zeros(high - low, dtype=torch.long, device=like.device)
         token_of_row[row_of_token] = torch.arange(count, device=like.device)
         limit = limit[token_of_row]
-    blocked = torch.arange(length, device=like.device) >= limit[:, None]
-    mask = torch.zeros(blocked.shape, dtype=like.dtype, device=like.device).masked_fill_(blocked, float("-inf"))
-    return DecodeRows(count, length, mask[:, None, None], index, span, token_of_row, row_of_token)
+    blocked = torch.arange(padded_keys(max(lengths)), device=like.device) >= limit[:, None]
+    return DecodeRows(count, index, blocked_mask(blocked, like.dtype)[:, None, None], span, token_of_row, row_of_token)
 
 
 def attend_decode(
@@ -85,13 +131,17 @@ def attend_decode(
 ) -> torch.Tensor:
     """query [count, heads, head_dim] against the slots' keys and values; returns [count, heads, value_dim]."""
     take = slice(*rows.span) if rows.span else rows.slots
-    keys, values = keys[take, :, : rows.length], values[take, :, : rows.length]
+    length = rows.mask.shape[-1]
+    keys, values = keys[take, :, :length], values[take, :, :length]
     if rows.token_of_row is not None:
         query = query.index_select(0, rows.token_of_row)
     # Query heads that share a key/value head become query positions: no key or value is ever repeated.
     grouped = query.reshape(query.shape[0], keys.shape[1], -1, query.shape[-1])
+    group = grouped.shape[2]
+    if (missing := least_queries(query.shape[-1]) - group) > 0:
+        grouped = pad(grouped, (0, 0, 0, missing))
     output = scaled_dot_product_attention(grouped, keys, values, attn_mask=rows.mask, scale=scaling)
-    output = output.reshape(query.shape[0], query.shape[1], -1)
+    output = output[:, :, :group].reshape(query.shape[0], query.shape[1], -1)
     return output if rows.row_of_token is None else output.index_select(0, rows.row_of_token)
 
 
@@ -99,20 +149,21 @@ def attend_segment(
     segment: Segment, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float | None
 ) -> torch.Tensor:
     """query [1, heads, T, head_dim] of the whole row; returns [end - start, heads, value_dim]."""
+    queries, length = segment.mask.shape
     if segment.slot is None:
-        where = (slice(None), slice(None), slice(segment.start, segment.end))
+        first = segment.start - segment.past
+        where = (slice(None), slice(None), slice(first, first + length))
     else:
-        where = (slice(segment.slot, segment.slot + 1), slice(None), slice(0, segment.past + segment.end - segment.start))
+        where = (slice(segment.slot, segment.slot + 1), slice(None), slice(length))
     output = scaled_dot_product_attention(
-        query[:, :, segment.start : segment.end],
+        query[:, :, segment.start : segment.start + queries],
         keys[where],
         values[where],
         attn_mask=segment.mask,
-        is_causal=segment.mask is None,
         scale=scaling,
         enable_gqa=True,
     )
-    return output[0].transpose(0, 1)
+    return output[0, :, : segment.end - segment.start].transpose(0, 1)
 
 
 def packed_attention(
@@ -135,9 +186,11 @@ def packed_attention(
     if softcap is not None or s_aux is not None:
         raise NotImplementedError(f"{type(module).__name__}: soft-capped scores and attention sinks are not supported")
     parts = []
-    if layout.decode:
-        parts.append(attend_decode(layout.decode, query[0, :, : layout.decode.count].transpose(0, 1), key, value, scaling))
+    if rows := layout.decode:
+        parts.append(attend_decode(rows, query[0, :, : rows.count].transpose(0, 1), key, value, scaling))
     parts.extend(attend_segment(segment, query, key, value, scaling) for segment in layout.segments)
+    if layout.padding:
+        parts.append(query.new_zeros(layout.padding, query.shape[1], value.shape[-1]))
     output = parts[0] if len(parts) == 1 else torch.cat(parts)
     return output[None], None
 

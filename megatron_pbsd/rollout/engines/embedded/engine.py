@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from megatron_pbsd.resharding.manifest import WeightsManifest, checksum
+from megatron_pbsd.rollout.engines.embedded.attention import padded_keys
 from megatron_pbsd.rollout.engines.embedded.kv_cache import SlotCache, SlotTable
 from megatron_pbsd.rollout.engines.embedded.model import PackedModel
 from megatron_pbsd.rollout.engines.embedded.sampling import sample, uniforms
@@ -46,9 +47,10 @@ class EmbeddedEngine:
         try:
             self._model = PackedModel(model_path, max_context, device, dtype)
             self._parameters = checkpoint_views(self._model.module)
-        except (OSError, ValueError) as error:
+            self._cache = SlotCache(slots, padded_keys(max_context))
+            self._model.warm_up(self._cache)
+        except (OSError, ValueError, NotImplementedError) as error:
             raise EngineError(f"engine {name!r}: cannot load {model_path!r}: {error}") from error
-        self._cache = SlotCache(slots, max_context)
         self._table = SlotTable(slots)
         self._waiting: dict[str, Sequence] = {}
         self._running: dict[str, Sequence] = {}
@@ -93,12 +95,17 @@ class EmbeddedEngine:
     def _step(self) -> None:
         self._admit()
         running = sorted(self._running.values(), key=lambda s: (len(s.tokens) - s.computed > 1, s.slot))
-        self._prefilled += sum(len(s.tokens) - s.computed for s in running if not s.log_probs)
+        counts = [len(s.tokens) - s.computed for s in running]
+        self._prefilled += sum(n for n, s in zip(counts, running) if n > 1 or not s.log_probs)
         logits = self._model.next_logits(running, self._cache)
         keys = np.array([s.key for s in running], dtype=np.uint64)
         positions = np.array([len(s.tokens) for s in running], dtype=np.uint64)
         temperatures = np.array([s.chunk.temperature for s in running])
-        tokens, log_probs = sample(logits, temperatures, uniforms(keys, positions))
+        try:
+            tokens, log_probs = sample(logits, temperatures, uniforms(keys, positions))
+        except FloatingPointError as error:
+            names = [running[row].request_id for row in error.args[0]]
+            raise EngineError(f"engine {self.name!r}: logits are not finite for requests {names}") from error
         for sequence, token, log_prob in zip(running, tokens, log_probs):
             if reason := sequence.append(token, log_prob, self._version):
                 self._end(sequence, reason)
@@ -108,9 +115,8 @@ class EmbeddedEngine:
     def _admit(self) -> None:
         """Start waiting chunks in order of arrival, as far as slots and the prefill bound allow."""
         prefill = sum(len(s.tokens) - s.computed for s in self._running.values())
-        for request_id, sequence in list(self._waiting.items()):
-            if prefill >= PREFILL_TOKENS_PER_STEP:
-                return
+        while self._waiting and prefill < PREFILL_TOKENS_PER_STEP:
+            request_id, sequence = next(iter(self._waiting.items()))
             place = self._table.acquire(request_id, sequence.tokens, self._waiting)
             if place is None:
                 return

@@ -60,15 +60,16 @@ def common_prefix(a: list[int], b: list[int]) -> int:
 
 
 class SlotCache(Cache):
-    """Per layer keys [slots, kv_heads, max_context, head_dim] and values alike, allocated at the layer's first update.
+    """Per layer keys [slots + 1, kv_heads, length, head_dim] and values alike, allocated at the layer's first update.
 
-    `update` stores the packed tokens of a step at the places given to `place`, and hands back the layer's slots.
+    `update` stores the packed tokens of a step at the places given to `place`, and hands back the layer's slots. The
+    last slot, `scratch`, takes what padding tokens write.
     """
 
-    def __init__(self, slots: int, max_context: int) -> None:
+    def __init__(self, slots: int, length: int) -> None:
         super().__init__(layers=[])
-        self.slots = slots
-        self.max_context = max_context
+        self.scratch = slots
+        self.length = length
         self.keys: list[torch.Tensor] = []
         self.values: list[torch.Tensor] = []
 
@@ -81,7 +82,7 @@ class SlotCache(Cache):
         if layer_idx == len(self.keys):
             for store, states in ((self.keys, key_states), (self.values, value_states)):
                 _, heads, _, size = states.shape
-                store.append(states.new_zeros(self.slots, heads, self.max_context, size))
+                store.append(states.new_zeros(self.scratch + 1, heads, self.length, size))
         keys, values = self.keys[layer_idx], self.values[layer_idx]
         keys[self._slots, :, self._positions] = key_states[0].transpose(0, 1)
         values[self._slots, :, self._positions] = value_states[0].transpose(0, 1)

@@ -10,12 +10,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from megatron_pbsd.rollout.engines.embedded.attention import (
     PACKED_ATTENTION,
     PackedLayout,
-    Segment,
-    causal_mask,
     decode_rows,
+    split_segment,
 )
 from megatron_pbsd.rollout.engines.embedded.kv_cache import SlotCache
 from megatron_pbsd.rollout.engines.embedded.sequence import Sequence
+from megatron_pbsd.rollout.engines.protocol import Chunk
+
+# Matrix products of fewer rows go through other CPU kernels, whose results differ in the last bit.
+MINIMUM_ROWS = 16
 
 
 def check_supported(config: PretrainedConfig, max_context: int) -> None:
@@ -44,45 +47,60 @@ class PackedModel:
         self.vocab_size: int = self.module.config.vocab_size
         self._like = torch.empty(0, dtype=getattr(torch, dtype), device=device)
 
+    def warm_up(self, cache: SlotCache) -> None:
+        """Allocate the cache and try the attention, so that what cannot work fails before the first request."""
+        probe = Sequence.of(Chunk("warm-up", (0,), max_new_tokens=1, seed=0), max_context=cache.length)
+        probe.slot = cache.scratch
+        with torch.inference_mode():
+            self.next_logits([probe], cache)
+
     def next_logits(self, sequences: Sequences[Sequence], cache: SlotCache) -> torch.Tensor:
         """Compute every token that is not in the cache yet; logits [B, V] after the last token of each sequence.
 
         sequences: those with one token to compute come first, in the order of their slots.
         """
         counts = [len(s.tokens) - s.computed for s in sequences]
-        single = sum(count == 1 for count in counts)
-        segments, end = [], single
+        single = counts.count(1)
+        rows = None
+        if single:
+            decoding = sequences[:single]
+            rows = decode_rows([s.slot for s in decoding], [len(s.tokens) for s in decoding], self._like)
+        segments, ends, end = [], list(range(1, single + 1)), single
         for sequence, count in zip(sequences[single:], counts[single:]):
-            past = sequence.computed
-            mask = causal_mask(count, past, self._like) if past else None
-            segments.append(Segment(end, end + count, sequence.slot, past, mask))
+            segments.extend(split_segment(end, count, sequence.slot, sequence.computed, self._like))
             end += count
-        decoding = sequences[:single]
-        rows = decode_rows([s.slot for s in decoding], [len(s.tokens) for s in decoding], self._like) if single else None
-        positions = self._tensor([p for s in sequences for p in range(s.computed, len(s.tokens))])
-        cache.place(self._tensor([s.slot for s, n in zip(sequences, counts) for _ in range(n)]), positions)
-        last = self._tensor([*range(single), *(segment.end - 1 for segment in segments)]) if segments else 0
-        return self.module(
-            input_ids=self._tensor([t for s in sequences for t in s.tokens[s.computed :]])[None],
+            ends.append(end)
+        padding = max(end, MINIMUM_ROWS, *(segment.reach for segment in segments)) - end
+        positions = self._tensor([p for s in sequences for p in range(s.computed, len(s.tokens))] + [0] * padding)
+        slots = [s.slot for s, count in zip(sequences, counts) for _ in range(count)]
+        cache.place(self._tensor(slots + [cache.scratch] * padding), positions)
+        # Keeping rows by index is a copy that a step of nothing but decoding does without.
+        keep = self._tensor([e - 1 for e in ends] + [0] * (MINIMUM_ROWS - len(ends))) if segments or padding else 0
+        logits = self.module(
+            input_ids=self._tensor([t for s in sequences for t in s.tokens[s.computed :]] + [0] * padding)[None],
             position_ids=positions[None],
             past_key_values=cache,
             use_cache=True,
-            logits_to_keep=last,
-            layout=PackedLayout(rows, tuple(segments)),
-        ).logits[0]
+            logits_to_keep=keep,
+            layout=PackedLayout(rows, tuple(segments), padding),
+        ).logits
+        return logits[0, : len(sequences)]
 
     def all_logits(self, sequences: Sequences[Sequences[int]]) -> torch.Tensor:
         """Logits [sum of lengths, V] of whole sequences, end to end; no cache is read or written."""
         segments, end = [], 0
         for tokens in sequences:
-            segments.append(Segment(end, end + len(tokens), None, 0, None))
+            segments.extend(split_segment(end, len(tokens), None, 0, self._like))
             end += len(tokens)
-        return self.module(
-            input_ids=self._tensor([t for tokens in sequences for t in tokens])[None],
-            position_ids=self._tensor([p for tokens in sequences for p in range(len(tokens))])[None],
+        padding = max(MINIMUM_ROWS, max(segment.reach for segment in segments)) - end
+        positions = [p for tokens in sequences for p in range(len(tokens))]
+        logits = self.module(
+            input_ids=self._tensor([t for tokens in sequences for t in tokens] + [0] * padding)[None],
+            position_ids=self._tensor(positions + [0] * padding)[None],
             use_cache=False,
-            layout=PackedLayout(None, tuple(segments)),
-        ).logits[0]
+            layout=PackedLayout(None, tuple(segments), padding),
+        ).logits
+        return logits[0, :end]
 
     def _tensor(self, values: list[int]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.long, device=self.device)

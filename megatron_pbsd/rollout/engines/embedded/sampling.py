@@ -34,16 +34,18 @@ def sample(logits: torch.Tensor, temperatures: np.ndarray, uniform: np.ndarray) 
     """Draw one token per row by inverting the CDF of softmax(logits / temperature) at `uniform`.
 
     logits [B, V]; temperatures, uniform float64 [B]; temperature 0 takes the argmax.
-    Returns the tokens and their log-probs at temperature 1.
+    Returns the tokens and their log-probs at temperature 1. FloatingPointError names the rows whose logits are NaN.
     """
     logits = logits.float()
     log_probs = torch.log_softmax(logits, dim=-1)
+    if (broken := log_probs[:, 0].isnan()).any():
+        raise FloatingPointError(broken.nonzero().flatten().tolist())
     greedy = temperatures == 0.0
     if greedy.all():
         tokens = logits.argmax(dim=-1)
     else:
         scale = torch.from_numpy(np.where(greedy, 1.0, temperatures)).to(logits)
-        # The sum runs in float64 so that the last token's cumulative mass is not lost to rounding in large vocabularies.
+        # In float64, so that no tail token's mass is lost to rounding however large the vocabulary.
         cumulative = torch.softmax(logits / scale[:, None], dim=-1).cumsum(dim=-1, dtype=torch.float64)
         threshold = torch.from_numpy(uniform).to(cumulative) * cumulative[:, -1]
         tokens = torch.searchsorted(cumulative, threshold[:, None], right=True).squeeze(1)

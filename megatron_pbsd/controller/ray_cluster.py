@@ -1,0 +1,141 @@
+"""`runtime: ray`: components as Ray actors on a cluster of this machine that lives as long as the run.
+
+Each actor writes what it prints to `<logs>/<name>.log`. When it dies, the last lines are part of the error; when it
+hangs, SIGUSR1 makes it write the stacks of all its threads there.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import shutil
+import signal
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError, RayTaskError
+
+from megatron_pbsd.controller.runtime import ComponentDied
+
+# Of every process of the cluster; the raylet hands its own environment down.
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "TORCH_COMPILE_DISABLE": "1",
+    "HF_HUB_OFFLINE": "1",
+    "RAY_DEDUP_LOGS": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_enable_metrics_collection": "0",
+    "RAY_prestart_worker_first_driver": "0",
+}
+OBJECT_STORE_BYTES = 256 << 20
+LOG_LINES = 12
+
+
+class _Host:
+    """The actor: redirects output, builds the component, forwards calls."""
+
+    def __init__(self, log: str, factory: Callable[..., Any], args: tuple, kwargs: dict[str, Any]):
+        file = open(log, "a", buffering=1)
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+        faulthandler.register(signal.SIGUSR1, file=file, all_threads=True)
+        self._failure: Exception | None = None
+        try:
+            self._component = factory(*args, **kwargs)
+        except Exception as error:
+            # Raised here it would reach the caller as a dead actor; kept, it is what the first call raises.
+            self._failure = error
+
+    def pid(self) -> int:
+        return os.getpid()
+
+    def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        if self._failure is not None:
+            raise self._failure
+        return getattr(self._component, method)(*args, **kwargs)
+
+
+class RayCall:
+    def __init__(self, component: str, log: str, reference: ray.ObjectRef):
+        self.component = component
+        self._log, self.reference = log, reference
+
+    def result(self) -> Any:
+        try:
+            return ray.get(self.reference)
+        except RayTaskError as error:
+            # A coordinator's call may itself have failed because of an engine: the innermost cause is the story.
+            raise (error.cause if isinstance(error.cause, Exception) else error) from error
+        except RayActorError as error:
+            raise ComponentDied(f"{self.component} died. Last lines of its log:\n{_tail(self._log)}") from error
+
+
+class RayHandle:
+    def __init__(self, name: str, log: str, actor: ray.actor.ActorHandle):
+        self.name = name
+        self._log, self._actor = log, actor
+        self._pid = actor.pid.remote()
+
+    def call(self, method: str, /, *args: Any, **kwargs: Any) -> RayCall:
+        return RayCall(self.name, self._log, self._actor.call.remote(method, *args, **kwargs))
+
+    def wait(self, calls: Sequence[RayCall], timeout_s: float) -> tuple[list[RayCall], list[RayCall]]:
+        by_reference = {call.reference: call for call in calls}
+        done, pending = ray.wait(list(by_reference), num_returns=1, timeout=timeout_s)
+        if done and pending:
+            # Whatever else has arrived meanwhile comes along.
+            more, pending = ray.wait(pending, num_returns=len(pending), timeout=0)
+            done += more
+        return [by_reference[r] for r in done], [by_reference[r] for r in pending]
+
+    def stacks(self) -> str:
+        ready, _ = ray.wait([self._pid], timeout=0)
+        if not ready:
+            return f"still starting. Last lines of its log:\n{_tail(self._log)}"
+        with suppress(ProcessLookupError):
+            os.kill(ray.get(self._pid), signal.SIGUSR1)
+            time.sleep(0.2)   # the handler writes in the actor's own time
+        return _tail(self._log, 40)
+
+
+class RayRuntime:
+    """Starts the cluster at construction. logs: folder for the components' output."""
+
+    def __init__(self, logs: Path):
+        self._logs = logs
+        logs.mkdir(parents=True, exist_ok=True)
+        os.environ.update(ENVIRONMENT)
+        # Unix sockets live below it, and their paths must stay short.
+        self._folder = tempfile.mkdtemp(prefix="pbsd-ray-", dir="/tmp")
+        ray.init(
+            address="local", num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="ERROR",
+            object_store_memory=OBJECT_STORE_BYTES, _temp_dir=self._folder)
+        self._actors: list[ray.actor.ActorHandle] = []
+
+    def spawn(self, name: str, factory: Callable[..., Any], /, *args: Any, threads: int = 1, **kwargs: Any) -> RayHandle:
+        log = str(self._logs / f"{name}.log")
+        actor = ray.remote(_Host).options(
+            num_cpus=0, max_restarts=0, max_concurrency=threads).remote(log, factory, args, kwargs)
+        self._actors.append(actor)
+        return RayHandle(name, log, actor)
+
+    def share(self, value: Any) -> Any:
+        return ray.put(value)
+
+    def close(self) -> None:
+        for actor in self._actors:
+            with suppress(Exception):
+                ray.kill(actor)
+        ray.shutdown()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _tail(log: str, lines: int = LOG_LINES) -> str:
+    path = Path(log)
+    text = path.read_text(errors="replace").splitlines() if path.exists() else []
+    return "\n".join(f"  {line}" for line in text[-lines:]) or "  (it printed nothing)"

@@ -1,0 +1,103 @@
+"""What a checkpoint keeps of the learner: model, optimizer, schedule, random numbers. Readable at any layout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+import torch.distributed.checkpoint as torch_checkpoint
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.strategies.torch import (
+    MCoreSavePlanner,
+    TorchDistSaveShardedStrategy,
+    _replace_state_dict_keys_with_sharded_keys,
+    mcore_to_pyt_state_dict,
+)
+from megatron.core.dist_checkpointing.validation import StrictHandling
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.transformer.module import MegatronModule
+
+from megatron_pbsd.platform import Platform
+
+class InProcessSave(TorchDistSaveShardedStrategy):
+    """Megatron's torch_dist format, written by the calling process.
+
+    Megatron's own strategy starts a manager and writer processes for every save, even a synchronous one: seconds of
+    imports, and a second run of the caller's __main__, for what is one file per rank.
+    """
+
+    def __init__(self):
+        super().__init__("torch_dist", 1)
+
+    def save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: str) -> None:
+        by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, self.keep_only_main_replica)
+        torch_checkpoint.save(
+            mcore_to_pyt_state_dict(by_key),
+            storage_writer=torch_checkpoint.FileSystemWriter(checkpoint_dir, sync_files=False),
+            planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False))
+
+
+def save(
+    folder: str, model: MegatronModule, optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler,
+    platform: Platform,
+) -> None:
+    """Write all ranks' parts into `folder`; every rank calls this. The files are not yet synced to disk."""
+    if dist.get_rank() == 0:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    dist.barrier()
+    state = _sharded(model, optimizer, is_loading=False)
+    state["rng"] = _rng(platform.rng_state())
+    state["scheduler"] = scheduler.state_dict()
+    state["layout"] = _layout()
+    dist_checkpointing.save(state, folder, InProcessSave())
+
+
+def load(
+    folder: str, model: MegatronModule, optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler,
+    platform: Platform,
+) -> None:
+    """Inverse of `save`, at this or another layout; every rank calls this.
+
+    Random-number states belong to a layout: at another one they start afresh from the seed.
+    """
+    if not dist_checkpointing.check_is_distributed_checkpoint(folder):
+        raise FileNotFoundError(f"{folder} holds no learner state: its metadata.json is missing")
+    same_layout = dist_checkpointing.load_common_state_dict(folder)["layout"] == _layout()
+    state = _sharded(model, optimizer, is_loading=True)
+    if same_layout:
+        state["rng"] = _rng(None)
+    loaded = dist_checkpointing.load(
+        state, folder, strict=StrictHandling.RAISE_ALL if same_layout else StrictHandling.ASSUME_OK_UNEXPECTED)
+    model.load_state_dict(loaded["model"])
+    optimizer.load_state_dict(loaded["optimizer"])
+    scheduler.load_state_dict(loaded["scheduler"])
+    if same_layout:
+        platform.set_rng_state(loaded["rng"])
+
+
+def _sharded(model: MegatronModule, optimizer: MegatronOptimizer, is_loading: bool) -> dict[str, Any]:
+    metadata = {
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "distrib_optim_fully_reshardable_mem_efficient": False,
+        "chained_optim_avoid_prefix": True,
+        "singleton_local_shards": False,
+    }
+    state: dict[str, Any] = {"model": model.sharded_state_dict(metadata=metadata)}
+    state["optimizer"] = optimizer.sharded_state_dict(state, is_loading=is_loading, metadata=metadata)
+    return state
+
+
+def _layout() -> dict[str, int]:
+    return {
+        "tp": parallel_state.get_tensor_model_parallel_world_size(),
+        "pp": parallel_state.get_pipeline_model_parallel_world_size(),
+        "dp": parallel_state.get_data_parallel_world_size(),
+    }
+
+
+def _rng(state: dict[str, Any] | None) -> ShardedObject:
+    """One state per rank."""
+    return ShardedObject("rng", state, (dist.get_world_size(),), (dist.get_rank(),))

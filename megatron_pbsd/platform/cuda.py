@@ -1,0 +1,80 @@
+"""Megatron-core on NVIDIA GPUs: NCCL and Transformer Engine modules."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+FUSED_NORMS = {
+    "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
+    "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
+}
+"""Transformer Engine keeps a norm in the linear layer that follows it."""
+
+
+class Cuda:
+    name = "cuda"
+    backend = "nccl"
+    dtype = torch.bfloat16
+    distributed_optimizer = True
+
+    def device(self, rank: int) -> torch.device:
+        return torch.device("cuda", rank % torch.cuda.device_count())
+
+    def prepare(self, rank: int) -> None:
+        torch.cuda.set_device(self.device(rank))
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        yield
+
+    def transformer_flags(self, tensor_parallel_size: int) -> dict[str, Any]:
+        return {
+            # The output layer is Megatron's own, whose fused weight gradient needs Apex.
+            "gradient_accumulation_fusion": False,
+            "bias_dropout_fusion": True,
+            "bias_activation_fusion": True,
+            "apply_rope_fusion": True,
+            "persist_layer_norm": True,
+            "sequence_parallel": tensor_parallel_size > 1,
+        }
+
+    def layer_specs(self, config: TransformerConfig) -> TransformerBlockSubmodules:
+        from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+
+        return get_gpt_decoder_block_spec(config, use_transformer_engine=True)
+
+    def parameter_name(self, name: str) -> str:
+        for ours, theirs in FUSED_NORMS.items():
+            if name.endswith(ours):
+                return name.removesuffix(ours) + theirs
+        return name
+
+    def seed(self, seed: int) -> None:
+        from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+        torch.manual_seed(seed)
+        model_parallel_cuda_manual_seed(seed)
+
+    def rng_state(self) -> dict[str, Any]:
+        from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+        return {
+            "torch": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state(),
+            "model_parallel": get_cuda_rng_tracker().get_states(),
+        }
+
+    def set_rng_state(self, state: dict[str, Any]) -> None:
+        from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+        torch.set_rng_state(state["torch"])
+        torch.cuda.set_rng_state(state["cuda"])
+        get_cuda_rng_tracker().set_states(state["model_parallel"])

@@ -1,0 +1,70 @@
+"""Which prompts a step asks, and which trajectories an optimizer step sees. Pure functions of (seed, step).
+
+There is no data-loader state: a resumed run asks what the uninterrupted one would have asked.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+
+from megatron_pbsd.batch import Batch
+from megatron_pbsd.config import RunConfig
+from megatron_pbsd.environments import Environment, Task
+from megatron_pbsd.rollout.coordinator import RolloutRequest
+from megatron_pbsd.trajectory import Group
+
+
+def requests(environment: Environment, tasks: Sequence[Task], config: RunConfig, step: int) -> list[RolloutRequest]:
+    """The prompts of training step `step` (from 1), each asked for a whole group.
+
+    Every epoch is a new permutation of all tasks, so no prompt repeats before all were asked.
+    """
+    count = config.rollout.prompts_per_step
+    chosen = tasks_between(tasks, config.seed, (step - 1) * count, step * count)
+    answers = disclosed_answers(environment, chosen, config)
+    return [
+        RolloutRequest(group_id=f"{step}/{i}", task=task, samples=config.rollout.group_size, privileged_answer=answer)
+        for i, (task, answer) in enumerate(zip(chosen, answers, strict=True))
+    ]
+
+
+def evaluation_requests(tasks: Sequence[Task], config: RunConfig) -> list[RolloutRequest]:
+    """A fixed sample of the evaluation split, each asked once; the same for every step and seed."""
+    chosen = random.Random("evaluation").sample(list(tasks), min(config.evaluation.prompts, len(tasks)))
+    return [RolloutRequest(f"evaluation/{i}", task, 1, task.answers[0]) for i, task in enumerate(chosen)]
+
+
+def tasks_between(tasks: Sequence[Task], seed: int, start: int, stop: int) -> list[Task]:
+    """Positions [start, stop) of the endless stream of epochs."""
+    chosen = []
+    for epoch in range(start // len(tasks), -(-stop // len(tasks))):
+        order = list(range(len(tasks)))
+        random.Random(f"{seed}/{epoch}").shuffle(order)
+        first = epoch * len(tasks)
+        chosen += [tasks[i] for i in order[max(start - first, 0) : stop - first]]
+    return chosen
+
+
+def disclosed_answers(environment: Environment, tasks: Sequence[Task], config: RunConfig) -> list[str]:
+    """What the privileged prompt discloses: the verified answer, or a control's stand-in for it (PBSD.md, trap 6)."""
+    control = config.algorithm.teacher_answer if config.algorithm.name == "pbsd" else "verified"
+    answers = [task.answers[0] for task in tasks]
+    if control == "shuffled":
+        # A rotation: no prompt is given its own answer.
+        return answers[1:] + answers[:1]
+    if control == "neutral":
+        return [environment.neutral_text(answer) for answer in answers]
+    return answers
+
+
+def mini_batches(groups: Sequence[Group], batch: Batch, count: int) -> Iterator[Batch]:
+    """Deal whole groups to `count` optimizer steps; `batch` holds their trajectories in order."""
+    members, start = [], 0
+    for group in groups:
+        members.append(range(start, start + len(group.trajectories)))
+        start += len(group.trajectories)
+    for k in range(count):
+        indices = [i for member in members[k::count] for i in member]
+        if indices:
+            yield batch.select(indices)

@@ -1,0 +1,93 @@
+"""Publishing weights: learner -> shared segment -> engines, in place, and the proof that they arrived.
+
+Each publication is checked three times, from cheap and exact to complete:
+
+1. the learner ranks compare the segment with their own parameters, replicas included;
+2. each engine's checksums are compared with the segment's, tensor by tensor;
+3. engine and learner score the same probe sequences. Equal bytes under a wrong name map or a wrong model would pass
+   1 and 2 and fail here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+
+from megatron_pbsd.batch import Batch
+from megatron_pbsd.errors import PbsdError
+from megatron_pbsd.resharding.manifest import WeightsManifest, checksum, layout
+from megatron_pbsd.resharding.shared_memory import Segment, attach
+
+
+class PublicationError(PbsdError):
+    """Engines do not hold the learner's weights; the message names the tensors."""
+
+    component = "weights"
+
+
+class Source(Protocol):
+    """The learner, all ranks of it."""
+
+    def tensors(self) -> dict[str, tuple[str, tuple[int, ...]]]: ...
+    def publish(self, manifest: WeightsManifest) -> None: ...
+    def differing(self, manifest: WeightsManifest) -> list[str]: ...
+    def log_probs(self, batch: Batch) -> list[np.ndarray]: ...
+
+
+class Target(Protocol):
+    """The engines, all of them; lists hold one entry per engine."""
+
+    names: Sequence[str]
+
+    def update_weights(self, manifest: WeightsManifest, version: int) -> None: ...
+    def checksums(self) -> list[dict[str, str]]: ...
+    def score(self, sequences: Sequence[Sequence[int]]) -> list[list[np.ndarray]]: ...
+
+
+class Publisher:
+    """Owns the segment from construction to `close`.
+
+    probe:      token sequences that engine and learner both score after each publication.
+    tolerance:  largest |difference| of their log-probs (nats).
+    """
+
+    def __init__(self, source: Source, target: Target, probe: Sequence[Sequence[int]], tolerance: float):
+        self._source, self._target = source, target
+        self._probe, self._tolerance = [list(tokens) for tokens in probe], tolerance
+        tensors = source.tensors()
+        self._segment = Segment(layout("", tensors).nbytes)
+        self._manifest = layout(self._segment.name, tensors)
+
+    def publish(self, version: int) -> dict[str, float]:
+        """Move the newest weights to every engine as `version`. Metrics: weights/probe_max_abs (nats), weights/bytes.
+
+        PublicationError names the engine and the tensors when they do not arrive bit for bit.
+        """
+        self._source.publish(self._manifest)
+        if differing := self._source.differing(self._manifest):
+            raise PublicationError(f"version {version}: learner ranks disagree with what was published of {differing}")
+        self._target.update_weights(self._manifest, version)
+        published = {name: checksum(tensor) for name, tensor in attach(self._manifest).items()}
+        for engine, held in zip(self._target.names, self._target.checksums(), strict=True):
+            if wrong := [name for name, value in published.items() if held.get(name) != value]:
+                raise PublicationError(f"version {version}: {engine} holds other bytes than the learner in {wrong}")
+        return {"weights/probe_max_abs": self._compare(version), "weights/bytes": float(self._manifest.nbytes)}
+
+    def _compare(self, version: int) -> float:
+        expected = self._source.log_probs(Batch({"tokens": [np.array(tokens) for tokens in self._probe]}))
+        worst = 0.0
+        for engine, scores in zip(self._target.names, self._target.score(self._probe), strict=True):
+            difference = max(float(abs(a - b).max()) for a, b in zip(expected, scores, strict=True))
+            if not difference <= self._tolerance:
+                raise PublicationError(
+                    f"version {version}: log-probs of {engine} differ from the learner's by {difference:.3g} nats, "
+                    f"expected at most rollout.probe_tolerance = {self._tolerance:g}. All tensors are bit-identical, so "
+                    "the model code or the parameter map of this family differs between the two: "
+                    + ", ".join(entry.name for entry in self._manifest.entries))
+            worst = max(worst, difference)
+        return worst
+
+    def close(self) -> None:
+        self._segment.close()

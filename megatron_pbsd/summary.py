@@ -1,0 +1,34 @@
+"""What the trajectories of a step look like, as metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from megatron_pbsd.trajectory import Group, trajectories_of
+
+
+def of_rollout(groups: Sequence[Group]) -> dict[str, float]:
+    """Rewards, outcome measures and shapes of scored groups."""
+    trajectories = trajectories_of(groups)
+    rewards = [[t.reward for t in group.trajectories] for group in groups]
+    kinds = [turn.kind for t in trajectories for turn in t.turns]
+    metrics = {
+        "reward/mean": np.mean([r for group in rewards for r in group]),
+        "reward/informative_groups": np.mean([np.ptp(group) > 0 for group in rewards]),
+        "rollout/turns": np.mean([len(t.turns) for t in trajectories]),
+        "rollout/length_mean": np.mean([t.generated for t in trajectories]),
+        "rollout/length_max": np.max([t.generated for t in trajectories]),
+        "rollout/answered": np.mean([t.complete for t in trajectories]),
+        "rollout/malformed_turns": np.mean([kind == "malformed" for kind in kinds]),
+    }
+    return {key: float(value) for key, value in metrics.items()}
+
+
+def of_evaluation(groups: Sequence[Group]) -> dict[str, float]:
+    """Mean of every outcome measure over all trajectories."""
+    trajectories = trajectories_of(groups)
+    return {
+        f"eval/{name}": float(np.mean([t.scores[name] for t in trajectories])) for name in trajectories[0].scores
+    } | {"eval/turns": float(np.mean([len(t.turns) for t in trajectories]))}

@@ -1,0 +1,88 @@
+"""The training loop. Everything else is a component it is handed.
+
+    weights      publisher.publish(version)            learner -> engines, in place, verified
+    rollout      rollout.collect(requests)             multi-turn trajectories, tools; token in, token out
+    reward       environment.score                     verified answer -> reward
+    log_probs    credit.score, credit.assign           old and teacher log-probs -> evidence -> advantage per token
+    train        learner.step(batch)                   micro-batches -> forward_backward_func(loss hook) -> optimizer
+    evaluation, checkpoint, and the recorder that keeps all of it
+
+Step s trains on rollouts of weights version s - 1 and makes version s; row 0 of the metrics is the starting policy.
+"""
+
+from __future__ import annotations
+
+from megatron_pbsd import credit, summary
+from megatron_pbsd.algorithms import build_algorithm
+from megatron_pbsd.batch import from_trajectories
+from megatron_pbsd.components import Components, build
+from megatron_pbsd.config import RunConfig
+from megatron_pbsd.environments.search_qa.demonstrations import Demonstrator
+from megatron_pbsd.prompts import mini_batches, requests
+from megatron_pbsd.trajectory import trajectories_of
+
+
+def main(config: RunConfig, resume: bool = False) -> None:
+    """Run `config` to its last step. Failures derive from `errors.PbsdError` and name the component at fault."""
+    train = train_supervised if config.algorithm.name == "sft" else train_with_rewards
+    with build(config, resume) as run:
+        train(run)
+
+
+def train_with_rewards(run: Components) -> None:
+    config, recorder = run.config, run.recorder
+    algorithm, tasks = build_algorithm(config.algorithm), run.environment.tasks(config.environment.train_split)
+    start(run)
+    for step in range(run.done + 1, config.steps + 1):
+        with recorder.phase("rollout"):
+            groups, metrics = run.rollout.collect(requests(run.environment, tasks, config, step), step)
+        with recorder.phase("reward"):
+            groups = run.reward(groups)
+        with recorder.phase("log_probs"):
+            batch, teacher = credit.score(algorithm, trajectories_of(groups), run.learner.log_probs)
+            groups, batch, credit_metrics = credit.assign(algorithm, groups, batch, teacher)
+        with recorder.phase("train"):
+            for part in mini_batches(groups, batch, config.learner.updates_per_step):
+                metrics |= run.learner.step(part)
+        recorder.trajectories(step, groups, run.environment.decode)
+        finish(run, step, metrics | credit_metrics | summary.of_rollout(groups))
+
+
+def train_supervised(run: Components) -> None:
+    config, recorder = run.config, run.recorder
+    demonstrator = Demonstrator(run.environment, config.algorithm, config.environment.train_split, config.seed)
+    size = config.algorithm.sequences_per_step
+    start(run)
+    for step in range(run.done + 1, config.steps + 1):
+        with recorder.phase("train"):
+            first = (step - 1) * size
+            batch = from_trajectories([demonstrator.demonstration(first + i) for i in range(size)])
+            metrics = run.learner.step(batch)
+        finish(run, step, metrics)
+
+
+def start(run: Components) -> None:
+    """Give the engines the learner's weights, new or resumed, and evaluate the starting policy."""
+    with run.recorder.phase("weights"):
+        metrics = run.publisher.publish(run.done)
+    if run.done == 0:
+        run.recorder.log(0, metrics | run.evaluate(0) if run.config.evaluation.at_start else metrics)
+
+
+def finish(run: Components, step: int, metrics: dict[str, float]) -> None:
+    """Publish the step's weights, evaluate and save where that is due, and write the step's row."""
+    config, recorder = run.config, run.recorder
+    evaluating, saving = is_due(step, config.evaluation.every, config), is_due(step, config.checkpoint.every, config)
+    if config.algorithm.name != "sft" or evaluating:
+        with recorder.phase("weights"):
+            metrics |= run.publisher.publish(step)
+    if evaluating:
+        metrics |= run.evaluate(step)
+    if saving:
+        with recorder.phase("checkpoint"):
+            run.save(step)
+    recorder.log(step, metrics)
+
+
+def is_due(step: int, every: int, config: RunConfig) -> bool:
+    return step == config.steps or (every > 0 and step % every == 0)
