@@ -76,9 +76,9 @@ def parser() -> argparse.ArgumentParser:
     command(commands, "report", "build report.html from what a run recorded", _report).add_argument(
         "folder", metavar="RUN", help="the run's folder")
 
-    bench = command(commands, "bench", "measure one part", _bench)
-    bench.add_argument("name", metavar="NAME", help="a module of launcher/benches")
-    bench.add_argument("--json", action="store_true", help="print one JSON object")
+    bench = command(commands, "bench", "measure one part", _bench, epilog=overrides)
+    bench.add_argument("name", metavar="NAME", help="a module of launcher/bench")
+    bench.add_argument("--json", action="store_true", help="print one line")
     return root
 
 
@@ -95,12 +95,12 @@ class _Parser(argparse.ArgumentParser):
 
 def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     """(command line, overrides). Of commands that read a configuration, every unknown `--flag` is an override."""
-    if not (argv and (argv[0] == "train" or list(argv[:2]) in (["config", "check"], ["config", "show"]))):
+    if not (argv and (argv[0] in ("train", "bench") or list(argv[:2]) in (["config", "check"], ["config", "show"]))):
         return list(argv), []
     rest, overrides, remaining = [], [], list(argv)
     while remaining:
         token = remaining.pop(0)
-        if not token.startswith("--") or token in ("--resume", "--help"):
+        if not token.startswith("--") or token in ("--resume", "--json", "--help"):
             rest.append(token)
             continue
         overrides.append(token)
@@ -185,14 +185,10 @@ def _report(arguments: argparse.Namespace) -> None:
 def _bench(arguments: argparse.Namespace) -> None:
     import json
 
-    from launcher.benches import load_bench
+    from launcher.bench import load_bench
 
-    results = load_bench(arguments.name)()
-    if arguments.json:
-        print(json.dumps(results))
-        return
-    for name, value in results.items():
-        print(f"{name:<40} {value:,.6g}")
+    results = load_bench(arguments.name)(arguments.overrides)
+    print(json.dumps(results, indent=None if arguments.json else 2))
 
 
 if __name__ == "__main__":

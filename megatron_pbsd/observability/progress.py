@@ -89,10 +89,10 @@ class LiveProgress:
         self._live.stop()
 
     def render(self) -> RenderableType:
-        done = min(int(self._rows[-1]["step"]) + 1 if self._rows else 0, self._steps)
+        done = self._rows[-1]["step"] if self._rows else 0
         head = Table.grid(padding=(0, 2))
         head.add_row(Text(self._name, style="bold"), ProgressBar(total=self._steps, completed=done, width=30),
-                     f"step {done}/{self._steps}", f"ETA {duration(eta(self._rows, self._steps))}")
+                     f"step {done:.0f}/{self._steps}", f"ETA {duration(eta(self._rows, self._steps))}")
         facts = Table.grid(padding=(0, 2))
         facts.add_column(style="dim", min_width=12)
         rewards = series(self._rows, REWARD)
@@ -119,13 +119,13 @@ def series(rows: Sequence[Row], key: str) -> list[float]:
 
 
 def position(row: Row, steps: int) -> str:
-    return f"{min(int(row['step']) + 1, steps)}/{steps}"
+    return f"{row['step']:.0f}/{steps}"
 
 
 def eta(rows: Sequence[Row], steps: int) -> float | None:
     """Seconds to the end at the mean pace of the last steps; None before the first."""
     recent = [row["time/step_s"] for row in rows[-RECENT:]]
-    return max(0, steps - 1 - int(rows[-1]["step"])) * sum(recent) / len(recent) if recent else None
+    return max(0.0, steps - rows[-1]["step"]) * sum(recent) / len(recent) if recent else None
 
 
 def duration(seconds: float | None) -> str:

@@ -6,7 +6,7 @@ from types import ModuleType
 
 import pytest
 
-from launcher.benches import load_bench
+from launcher.bench import load_bench
 from launcher.cli import main, split_overrides
 from megatron_pbsd.errors import PbsdError, UsageError
 from synthetic_run import write_run
@@ -43,6 +43,8 @@ def run(tmp_path_factory):
 def test_overrides_are_told_from_the_command_line():
     assert split_overrides(["train", "--steps", "3", "run.yaml", "--resume", "--a.b=-1", "--c", "-2"]) == (
         ["train", "run.yaml", "--resume"], ["--steps", "3", "--a.b=-1", "--c", "-2"])
+    assert split_overrides(["bench", "quickstart", "--json", "--steps", "3"]) == (
+        ["bench", "quickstart", "--json"], ["--steps", "3"])
     assert split_overrides(["report", "runs/x", "--steps", "3"])[1] == []
 
 

