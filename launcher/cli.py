@@ -51,7 +51,7 @@ def parser() -> argparse.ArgumentParser:
         made.set_defaults(run=run)
         return made
 
-    overrides = "Any key of the configuration can be set: --learner.optimizer.lr 1e-4. `pbsd config schema` lists them."
+    overrides = "Any key can be set on top, e.g. --learner.optimizer.lr 1e-4; `pbsd config show CONFIG` lists them."
     train = command(commands, "train", "train as a configuration says", _train, epilog=overrides)
     train.add_argument("config", metavar="CONFIG", help="YAML file")
     train.add_argument("--resume", action="store_true", help="continue from the run's last checkpoint")
@@ -60,7 +60,8 @@ def parser() -> argparse.ArgumentParser:
     actions = config.add_subparsers(dest="action", required=True, metavar="ACTION")
     for name, summary, run in (("check", "report everything that is wrong with a configuration", _config_check),
                                ("show", "print the resolved configuration and what follows from it", _config_show)):
-        command(actions, name, summary, run, epilog=overrides).add_argument("config", metavar="CONFIG", help="YAML file")
+        action = command(actions, name, summary, run, epilog=overrides)
+        action.add_argument("config", metavar="CONFIG", help="YAML file")
     command(actions, "schema", "print the JSON schema of configurations", _config_schema)
 
     seen = command(commands, "trajectories", "read what the policy did", _trajectories)

@@ -33,8 +33,8 @@ fi
 
 [ -x "$venv/bin/python" ] && fits "$venv/bin/python" || "$python" -m venv --clear "$venv"
 rm -f "$venv"/installed-*
-pip() { "$venv/bin/python" -m pip --disable-pip-version-check --quiet "$@"; }
-echo "make env: installing into $venv (about 2 GB, a few minutes the first time)"
+pip() { "$venv/bin/python" -m pip --disable-pip-version-check --quiet --quiet "$@"; }
+echo "make env: installing into $venv (1.6 GB, about a minute)"
 pip install --upgrade pip
 # First and exactly: with no PyTorch there, a package that depends on it would bring the newest CUDA build.
 pip install torch==2.13.0

@@ -169,7 +169,8 @@ def _step_axis(frame: Frame, first: float | None = None, last: float | None = No
     low, high = frame.x[0] if first is None else first, frame.x[1] if last is None else last
     count = 6 if frame.width > 400 else 3
     marks = [t for t in ticks(low, high, count) if low <= t <= high and t == int(t)] if high > low else [low]
-    return "".join(f'<text class="tick" x="{frame.px(mark)}" y="{frame.height - 9}" text-anchor="middle">{mark:g}</text>'
+    y = frame.height - 9
+    return "".join(f'<text class="tick" x="{frame.px(mark)}" y="{y}" text-anchor="middle">{mark:,.0f}</text>'
                    for mark in marks)
 
 

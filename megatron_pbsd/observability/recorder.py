@@ -18,8 +18,17 @@ from megatron_pbsd.config import ObservabilityConfig, RunConfig
 from megatron_pbsd.errors import PbsdError
 from megatron_pbsd.observability.progress import Progress, make_progress
 from megatron_pbsd.observability.records import (
-    CONFIG, METRICS, TRACE, TRAJECTORIES, RecordedTrajectory, Row, read_metrics, recorded_steps, trajectory_file,
-    write_atomically)
+    CONFIG,
+    METRICS,
+    TRACE,
+    TRAJECTORIES,
+    RecordedTrajectory,
+    Row,
+    read_metrics,
+    recorded_steps,
+    trajectory_file,
+    write_atomically,
+)
 from megatron_pbsd.observability.report import write_report
 from megatron_pbsd.observability.trace import Trace
 from megatron_pbsd.observability.wandb_sink import WandbSink

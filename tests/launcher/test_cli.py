@@ -5,11 +5,11 @@ import sys
 from types import ModuleType
 
 import pytest
+from synthetic_run import write_run
 
 from launcher.bench import load_bench
 from launcher.cli import main, split_overrides
 from megatron_pbsd.errors import PbsdError, UsageError
-from synthetic_run import write_run
 
 
 class EngineDown(PbsdError):

@@ -8,12 +8,12 @@ import time
 import numpy as np
 import pytest
 import yaml
+from synthetic_run import decode, encode, groups, run_config
 
 from megatron_pbsd.config import RunConfig
 from megatron_pbsd.errors import UsageError
 from megatron_pbsd.observability.recorder import PHASES, Recorder, RecordError
 from megatron_pbsd.observability.records import read_metrics, read_trajectories, recorded_steps
-from synthetic_run import decode, encode, groups, run_config
 
 
 @pytest.fixture

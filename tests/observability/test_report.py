@@ -6,8 +6,8 @@ from html.parser import HTMLParser
 from xml.etree import ElementTree
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
+from synthetic_run import run_config, write_run
 
 from megatron_pbsd.errors import UsageError
 from megatron_pbsd.observability.charts import Line, histogram, line_chart, number, stacked_bars, ticks
@@ -15,7 +15,6 @@ from megatron_pbsd.observability.recorder import Recorder
 from megatron_pbsd.observability.records import read_trajectories
 from megatron_pbsd.observability.report import write_report
 from megatron_pbsd.observability.samples import evidence_limit, pick, signed
-from synthetic_run import run_config, write_run
 
 FINITE = st.floats(-1e9, 1e9, allow_subnormal=False)
 
