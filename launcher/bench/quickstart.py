@@ -18,8 +18,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from launcher.bench.processes import PeakMemory
 from launcher.overrides import load_config
+from launcher.processes import PeakMemory
 from megatron_pbsd.errors import PbsdError
 from megatron_pbsd.observability.records import Row, read_metrics
 

@@ -14,7 +14,15 @@ from megatron_pbsd.errors import UsageError
 from megatron_pbsd.observability.charts import Line, histogram, line_chart, number, percent, stacked_bars
 from megatron_pbsd.observability.progress import EXACT_MATCH, REWARD, TOKENS_PER_S, duration
 from megatron_pbsd.observability.records import (
-    CONFIG, REPORT, RecordedTrajectory, Row, read_metrics, read_trajectories, recorded_steps, write_atomically)
+    CONFIG,
+    REPORT,
+    RecordedTrajectory,
+    Row,
+    read_metrics,
+    read_trajectories,
+    recorded_steps,
+    write_atomically,
+)
 from megatron_pbsd.observability.samples import evidence_limit, pick, scale, trajectory_card
 
 PHASE_ORDER = ("rollout", "train", "log_probs", "weights", "reward", "evaluation", "checkpoint", "other")
