@@ -1,0 +1,67 @@
+"""All components in this process; a call runs at once. For debugging: breakpoints and profilers see everything."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class InlineFuture:
+    name: str
+    value: Any = None
+    error: Exception | None = None
+
+
+@dataclass(frozen=True)
+class InlineHandle:
+    name: str
+    component: Any
+
+    def call(self, method: str, /, *args: Any, **kwargs: Any) -> InlineFuture:
+        try:
+            return InlineFuture(self.name, getattr(self.component, method)(*args, **kwargs))
+        except Exception as error:
+            return InlineFuture(self.name, error=error)
+
+    observe = call
+
+    def ready(self) -> InlineFuture:
+        return InlineFuture(self.name)
+
+
+class InlineRuntime:
+    """See `runtime.Runtime`. `spawn` raises what the constructor raises."""
+
+    @property
+    def client(self) -> InlineRuntime:
+        return self
+
+    def spawn(self, name: str, factory: Callable[..., Any], /, *args: Any, **kwargs: Any) -> InlineHandle:
+        return InlineHandle(name, factory(*args, **kwargs))
+
+    def wait(
+        self, futures: Sequence[InlineFuture], count: int = 1, timeout: float | None = None
+    ) -> tuple[list[InlineFuture], list[InlineFuture]]:
+        return list(futures), []
+
+    def result(self, future: InlineFuture) -> Any:
+        if future.error is not None:
+            raise future.error
+        return future.value
+
+    def stacks(self, futures: Sequence[InlineFuture]) -> str:
+        return ""
+
+    def share(self, value: Any) -> Any:
+        return value
+
+    def close(self) -> None:
+        pass
+
+    def __enter__(self) -> InlineRuntime:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()

@@ -1,0 +1,171 @@
+"""A Ray cluster on this machine that lives exactly as long as the driver.
+
+Ray binds the life of its servers to the driver's (PR_SET_PDEATHSIG), and actors end when their raylet does, so that
+nothing survives even a driver that is killed; `close` makes the orderly end quick and complete.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import shutil
+import socket
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import ray
+
+from megatron_pbsd.controller.ray_host import RayClient, RayHandle
+from megatron_pbsd.errors import UsageError
+
+OBJECT_STORE_BYTES = 256 * 2**20
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TORCH_COMPILE_DISABLE": "1", "HF_HUB_OFFLINE": "1"}
+FOLDER_PREFIX = "pbsd-ray-"
+CLOSE_WAIT_S = 5.0
+
+
+class RayRuntime(RayClient):
+    """See `runtime.Runtime`. Component `name` writes its output to `logs/<name>.log`.
+
+    UsageError when `port` is taken.
+    """
+
+    def __init__(self, logs: Path, port: int | None = None):
+        if port is not None:
+            check_port(port)
+        logs.mkdir(parents=True, exist_ok=True)
+        self._logs = logs.resolve()
+        self._folder = SessionFolder()
+        self._strangers = set(psutil.Process().children())
+        try:
+            start_ray(self._folder.path, port)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def client(self) -> RayClient:
+        return RayClient()
+
+    def spawn(self, name: str, factory: Callable[..., Any], /, *args: Any, **kwargs: Any) -> RayHandle:
+        return RayHandle.start(name, str(self._logs / f"{name}.log"), factory, *args, **kwargs)
+
+    def share(self, value: Any) -> ray.ObjectRef:
+        return ray.put(value)
+
+    def close(self) -> None:
+        servers = [child for child in psutil.Process().children() if child not in self._strangers]
+        processes = servers + [child for server in servers for child in children(server)]
+        ray.shutdown()
+        _, alive = psutil.wait_procs(processes, timeout=CLOSE_WAIT_S)
+        for process in alive:
+            process.kill()
+        psutil.wait_procs(alive, timeout=CLOSE_WAIT_S)
+        self._folder.remove()
+
+    def __enter__(self) -> RayRuntime:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def children(process: psutil.Process) -> list[psutil.Process]:
+    try:
+        return process.children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+
+
+def start_ray(folder: Path, port: int | None) -> None:
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    with variables({} if port is None else {"RAY_GCS_SERVER_PORT": str(port)}):
+        ray.init(
+            address="local",
+            # Components say themselves what they use; 0 keeps Ray from starting spare workers.
+            num_cpus=0,
+            num_gpus=0,
+            include_dashboard=False,
+            object_store_memory=OBJECT_STORE_BYTES,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            runtime_env={"env_vars": ENVIRONMENT},
+            _temp_dir=str(folder),
+            _system_config={"enable_metrics_collection": False, "enable_core_worker_task_event_to_gcs": False},
+        )
+    # Ray prints the death of a worker to the driver's terminal whatever log_to_driver says; ComponentDied says it too.
+    ray._private.worker._worker_logs_enabled = False
+
+
+@contextmanager
+def variables(values: dict[str, str]) -> Iterator[None]:
+    """Environment variables for the processes started inside."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+class SessionFolder:
+    """Ray's sockets and files. Locked while in use, so that a later run can remove what a killed one left."""
+
+    def __init__(self) -> None:
+        # Socket paths may have 107 bytes, of which Ray's own names take about 65.
+        base = Path(min(tempfile.gettempdir(), "/tmp", key=len))
+        for left in base.glob(f"{FOLDER_PREFIX}*"):
+            self._remove_if_unused(left)
+        self.path = Path(tempfile.mkdtemp(prefix=FOLDER_PREFIX, dir=base))
+        self._lock = self._locked(self.path)
+
+    @staticmethod
+    def _locked(folder: Path) -> int:
+        """BlockingIOError when another process holds the lock."""
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(descriptor)
+            raise
+        return descriptor
+
+    def _remove_if_unused(self, folder: Path) -> None:
+        try:
+            lock = self._locked(folder)
+        except OSError:
+            return
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(lock)
+
+    def remove(self) -> None:
+        shutil.rmtree(self.path, ignore_errors=True)
+        os.close(self._lock)
+
+
+def check_port(port: int) -> None:
+    """UsageError, with a free port to take instead, when `port` is in use."""
+    if not is_free(port):
+        free = next((p for p in (*range(port + 1, 65536), *range(port - 1, 1023, -1)) if is_free(p)), None)
+        raise UsageError(
+            f"ray_port = {port} is in use by another process; {free} is free, and without ray_port Ray takes any free "
+            "one")
+
+
+def is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError:
+            return False
+    return True
