@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from megatron_pbsd.config import RolloutConfig
 from megatron_pbsd.environments.protocol import Environment, Task
 from megatron_pbsd.rollout.engines.protocol import Chunk, ChunkResult
+from megatron_pbsd.rollout.errors import RolloutError
 from megatron_pbsd.trajectory import Trajectory, Turn, VersionSpan
 
 
@@ -33,12 +34,12 @@ class Episode:
     it final. The episode ends when the environment says so, with `max_turns`, and when the environment's answer leaves
     no room for another token; the last turn never has an observation, as nobody would read it.
 
-    ValueError when the prompt alone leaves no room.
+    RolloutError when the prompt alone leaves no room.
     """
 
     def __init__(self, start: EpisodeStart, limits: RolloutConfig):
         if len(start.prompt) >= limits.max_context:
-            raise ValueError(
+            raise RolloutError(
                 f"rollout.max_context = {limits.max_context} has no room for the prompt of task "
                 f"{start.task.task_id!r}, which has {len(start.prompt)} tokens; set it to at least "
                 f"{len(start.prompt) + limits.max_turn_tokens}")
@@ -56,6 +57,10 @@ class Episode:
     @property
     def request_id(self) -> str:
         return self._start.trajectory_id
+
+    @property
+    def group_id(self) -> str:
+        return self._start.group_id
 
     @property
     def context_tokens(self) -> int:
