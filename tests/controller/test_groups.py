@@ -8,7 +8,8 @@ from scripted_rollout import ScriptedEngine
 
 from megatron_pbsd.batch import Batch
 from megatron_pbsd.controller.failures import ComponentDied, DeadlineExpired
-from megatron_pbsd.controller.groups import EngineGroup, LearnerGroup
+from megatron_pbsd.learner.group import LearnerGroup
+from megatron_pbsd.rollout.engine_group import EngineGroup
 
 BATCH = Batch({"tokens": [np.array([1, 2, 3]), np.array([4])]})
 
