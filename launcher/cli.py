@@ -112,13 +112,8 @@ def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def _train(arguments: argparse.Namespace) -> int:
     from launcher.overrides import load_config
-    from megatron_pbsd.observability.records import METRICS
 
     config = load_config(arguments.config, arguments.overrides)
-    if (config.folder / METRICS).exists() and not arguments.resume:
-        raise UsageError(f"{config.folder} holds a run already: continue it with --resume, or choose another --name")
-    config.folder.mkdir(parents=True, exist_ok=True)
-    log = config.folder / "error.log"
     try:
         from megatron_pbsd.train import main as train
 
@@ -128,6 +123,8 @@ def _train(arguments: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         return _stop(INTERRUPTED, f"interrupted; continue with: pbsd train {arguments.config} --resume")
     except Exception as error:
+        log = config.folder / "error.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
         log.write_text(traceback.format_exc(), encoding="utf-8")
         return _stop(FAILED, f"{_failure(error)}\n      (traceback: {log})")
     return DONE

@@ -52,7 +52,7 @@ def model_folder(tmp_path) -> Path:
 def test_overrides_win_over_the_file_in_both_spellings(load):
     config = load(MINIMAL + "rollout: {slots: 8, group_size: 4}\n", "--rollout.slots", "32",
                   "--algorithm.loss.entropy_coefficient=-0.5", "--environment.hops", "[1, 2]", "--steps", "7",
-                  "--learner.optimizer.lr", "3e-4", "--ray_port", "null")
+                  "--learner.optimizer.lr", "3e-4", "--learner.port", "null")
     assert (config.rollout.slots, config.rollout.group_size, config.steps) == (32, 4, 7)
     assert config.algorithm.loss.entropy_coefficient == -0.5
     assert config.environment.hops == (1, 2)
@@ -106,6 +106,17 @@ def test_every_problem_is_reported_at_once(problems):
     }.items():
         for word in words:
             assert word in found[key], (key, word, found[key])
+
+
+def test_mappings_are_checked_key_by_key(load, problems):
+    text = MINIMAL + "algorithm: {name: sft, bad_habits: {needless: 1, prematur: 2, gives_up: -1}}\n"
+    message = problems(text)["algorithm.bad_habits"]
+    assert "'needless', 'premature'" in message
+    with pytest.raises(ConfigError, match="did you mean 'premature'") as caught:
+        load(text)
+    assert "key 'gives_up'); the nearest valid value is 0" in str(caught.value)
+    assert load(MINIMAL, "--algorithm.name", "sft", "--algorithm.bad_habits.needless", "3").algorithm.bad_habits == {
+        "needless": 3.0}
 
 
 def test_a_conflict_about_a_wrong_value_is_not_guessed(problems):
