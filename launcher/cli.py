@@ -56,6 +56,10 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("config", metavar="CONFIG", help="YAML file")
     train.add_argument("--resume", action="store_true", help="continue from the run's last checkpoint")
 
+    judge = command(commands, "evaluate", "evaluate the policy at model.path, without a learner", _evaluate,
+                    epilog=overrides)
+    judge.add_argument("config", metavar="CONFIG", help="YAML file")
+
     config = commands.add_parser("config", help="check, show or describe configurations", allow_abbrev=False)
     actions = config.add_subparsers(dest="action", required=True, metavar="ACTION")
     for name, summary, run in (("check", "report everything that is wrong with a configuration", _config_check),
@@ -96,7 +100,8 @@ class _Parser(argparse.ArgumentParser):
 
 def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     """(command line, overrides). Of commands that read a configuration, every unknown `--flag` is an override."""
-    if not (argv and (argv[0] in ("train", "bench") or list(argv[:2]) in (["config", "check"], ["config", "show"]))):
+    command = " ".join(argv[:2] if argv[:1] == ["config"] else argv[:1])
+    if command not in ("train", "evaluate", "bench", "config check", "config show"):
         return list(argv), []
     rest, overrides, remaining = [], [], list(argv)
     while remaining:
@@ -112,8 +117,12 @@ def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def _train(arguments: argparse.Namespace) -> int:
     from launcher.overrides import load_config
+    from megatron_pbsd.observability.records import read_metrics
 
     config = load_config(arguments.config, arguments.overrides)
+    if not arguments.resume and read_metrics(config.folder):
+        raise UsageError(f"{config.folder} holds a run already: continue it with --resume, choose another --name, or "
+                         "remove the folder")
     try:
         from megatron_pbsd.train import main as train
 
@@ -134,6 +143,15 @@ def _failure(error: Exception) -> str:
     """`component: message`; an error that came through Ray is the one that was raised in the actor."""
     error = getattr(error, "cause", None) or error
     return f"{error.component}: {error}" if isinstance(error, PbsdError) else f"run: {type(error).__name__}: {error}"
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
+    import json
+
+    from launcher.overrides import load_config
+    from megatron_pbsd.evaluate import evaluate
+
+    print(json.dumps(evaluate(load_config(arguments.config, arguments.overrides))))
 
 
 def _config_check(arguments: argparse.Namespace) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -109,10 +108,8 @@ def score(environment: Environment, groups: Sequence[Group], tasks: dict) -> lis
 
 @contextmanager
 def build(config: RunConfig, resume: bool) -> Iterator[Components]:
-    """All components of a run. Its folder is `<runs>/<name>`; a new run moves an older one of that name aside."""
-    folder = Path(config.runs) / config.name
-    if not resume:
-        _move_aside(folder)
+    """All components of a run, whose records go to `<runs>/<name>`. `resume` continues from its newest checkpoint."""
+    folder = config.folder
     checkpoints = CheckpointStore(folder / "checkpoints", config.checkpoint.keep)
     newest = checkpoints.newest() if resume else None
     done = read_manifest(newest).step if newest else 0
@@ -172,12 +169,3 @@ def _probe(environment: Environment, config: RunConfig) -> list[tuple[int, ...]]
     """Prompts with their answers disclosed twice over: long enough to exercise attention, the same in every run."""
     tasks = environment.tasks(config.evaluation.split)[:PROBE_SEQUENCES]
     return [environment.prompt(task) + environment.privileged_prompt(task, task.answers[0]) for task in tasks]
-
-
-def _move_aside(folder: Path) -> None:
-    """Nothing is overwritten: an earlier run of the same name becomes `<name>.1`, `<name>.2`, …"""
-    if folder.exists():
-        number = 1
-        while (aside := folder.with_name(f"{folder.name}.{number}")).exists():
-            number += 1
-        shutil.move(folder, aside)

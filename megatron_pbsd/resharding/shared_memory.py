@@ -36,7 +36,9 @@ def attach(manifest: WeightsManifest) -> dict[str, torch.Tensor]:
     ValueError when the segment is gone or too short.
     """
     path = ROOT / manifest.segment
-    size = path.stat().st_size if path.is_file() else 0
+    if not path.is_file():
+        raise ValueError(f"shared-memory segment {manifest.segment!r} does not exist")
+    size = path.stat().st_size
     if size < manifest.nbytes:
         raise ValueError(f"shared-memory segment {manifest.segment!r} has {size} bytes, expected {manifest.nbytes}")
     flat = torch.from_file(str(path), shared=True, size=manifest.nbytes, dtype=torch.uint8)

@@ -96,6 +96,19 @@ def test_interrupt_is_exit_130_in_one_line(config_file, train_with, capsys):
     assert capsys.readouterr().err == "pbsd: interrupted; continue with: pbsd train run.yaml --resume\n"
 
 
+def test_a_run_is_not_started_over_another(config_file, train_with, tmp_path, capsys):
+    train_with(lambda config, resume: None)
+    metrics = tmp_path / "runs/test/metrics.jsonl"
+    metrics.parent.mkdir(parents=True)
+    metrics.write_text("")
+    assert main(["train", config_file]) == 0, "a run that failed before its first row may start again"
+    metrics.write_text('{"step": 0}\n')
+    assert main(["train", config_file]) == 2
+    assert "--resume" in capsys.readouterr().err
+    assert main(["train", config_file, "--resume"]) == 0
+    assert main(["train", config_file, "--name", "other"]) == 0
+
+
 def test_config_commands(config_file, capsys):
     assert main(["config", "check", config_file]) == 0
     assert capsys.readouterr().out == "run.yaml: valid\n"

@@ -3,14 +3,14 @@ from __future__ import annotations
 import subprocess
 import sys
 from dataclasses import replace
-from multiprocessing.shared_memory import SharedMemory
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_pbsd.resharding.manifest import WeightsManifest, checksum, layout, view
+from megatron_pbsd.resharding.manifest import WeightsManifest, checksum, layout
+from megatron_pbsd.resharding.shared_memory import Segment, attach
 from megatron_pbsd.rollout.engines.protocol import Chunk, EngineError
 from megatron_pbsd.trajectory import VersionSpan
 
@@ -22,17 +22,16 @@ def publish():
 
     def write(tensors: dict[str, torch.Tensor]) -> WeightsManifest:
         described = {n: (str(t.dtype).removeprefix("torch."), tuple(t.shape)) for n, t in tensors.items()}
-        segment = SharedMemory(create=True, size=layout("", described).nbytes)
+        segment = Segment(layout("", described).nbytes)
         segments.append(segment)
         manifest = layout(segment.name, described)
-        for entry in manifest.entries:
-            view(segment.buf, entry).copy_(tensors[entry.name])
+        for name, tensor in attach(manifest).items():
+            tensor.copy_(tensors[name])
         return manifest
 
     yield write
     for segment in segments:
         segment.close()
-        segment.unlink()
 
 
 def checkpoint(folders, family: str = "qwen3") -> dict[str, torch.Tensor]:
@@ -119,9 +118,7 @@ def test_segment_survives_the_exit_of_a_process_that_read_it(publish):
         "assert w.tolist() == [0, 1, 2, 3]\n"
     )
     subprocess.run([sys.executable, "-c", script, manifest.segment], check=True)
-    attached = SharedMemory(manifest.segment)
-    assert view(attached.buf, manifest.entries[0]).tolist() == [0, 1, 2, 3]
-    attached.close()
+    assert attach(manifest)["w"].tolist() == [0, 1, 2, 3]
 
 
 def test_nan_weights_are_reported_with_the_request_and_leave_no_trace(make_engine, folders, publish):

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 
 import torch
 from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import Chunk, SplitModulelist, WeightConverter, WeightRenaming, apply_renamings
 
 from megatron_pbsd.resharding.manifest import WeightsManifest
@@ -18,7 +19,11 @@ def checkpoint_views(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     transformers fuses some parameters as it loads them (experts above all); each part is given back as a view.
     ValueError names a parameter that was stored in a way that no view can undo.
     """
-    inverse = [conversion.reverse_transform() for conversion in reversed(model._weight_conversions or [])]
+    # A model that was loaded knows what its loading did; one built from its configuration did what loading would do.
+    conversions = getattr(model, "_weight_conversions", None)
+    if conversions is None:
+        conversions = get_model_conversion_mapping(model, add_legacy=False)
+    inverse = [conversion.reverse_transform() for conversion in reversed(conversions)]
     renamings = [c for c in inverse if isinstance(c, WeightRenaming)]
     converters = [c for c in inverse if isinstance(c, WeightConverter)]
     views: dict[str, torch.Tensor] = {}

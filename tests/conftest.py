@@ -1,0 +1,7 @@
+from __future__ import annotations
+
+from hypothesis import settings
+
+# How long an example takes says more about what else the machine is doing than about the code.
+settings.register_profile("no deadline", deadline=None)
+settings.load_profile("no deadline")
