@@ -121,7 +121,7 @@ def _statistics(rows: Sequence[Row]) -> str:
         title = f'<span class="of">{_text(group or "learner")}</span> {_text(name.replace("_", " "))}'
         chart = line_chart(key, _curve(name, points), width=290, height=140)
         cards.append(f'<div class="card"><h3>{title}</h3>{chart}</div>')
-    note = "Every other metric, one value per step, long series with their moving mean; the end of the line is labelled."
+    note = "Every other metric, one value per step, long series with their moving mean; the last value is labelled."
     return f'<h2>Statistics</h2><p class="note">{note}</p><div class="many">{"".join(cards)}</div>' if cards else ""
 
 
