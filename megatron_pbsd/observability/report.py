@@ -79,7 +79,7 @@ def _tiles(rows: Sequence[Row], config: RunConfig) -> str:
     if rewards := _values(rows, REWARD):
         few = min(10, max(1, len(rewards) // 2))
         tiles.append(("Reward", number(fmean(rewards[-few:])),
-                      f"mean of the last {few} steps; the first {few}: {number(fmean(rewards[:few]))}"))
+                      f"mean of the last {few} step{'s' * (few > 1)}; the first {few}: {number(fmean(rewards[:few]))}"))
     if matches := _values(rows, EXACT_MATCH):
         tiles.append(("Exact match", percent(matches[-1]),
                       f"at the start {percent(matches[0])}, best {percent(max(matches))}"))
@@ -128,7 +128,7 @@ def _statistics(rows: Sequence[Row]) -> str:
 def _group_order(key: str) -> int:
     """Credit first, then the loss and the optimizer, then the rest as it was logged."""
     group = key.rpartition("/")[0]
-    order = ("credit", "loss", "", "eval", "rollout")
+    order = ("credit", "loss", "", "reward", "eval", "rollout")
     return order.index(group) if group in order else len(order)
 
 
