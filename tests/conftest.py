@@ -1,7 +1,26 @@
 from __future__ import annotations
 
+import pytest
 from hypothesis import settings
 
 # How long an example takes says more about what else the machine is doing than about the code.
 settings.register_profile("no deadline", deadline=None)
 settings.load_profile("no deadline")
+
+
+@pytest.fixture(scope="session")
+def ray_runtime(tmp_path_factory):
+    """One cluster for all tests."""
+    from megatron_pbsd.controller.ray_cluster import RayRuntime
+
+    with RayRuntime(tmp_path_factory.mktemp("ray") / "logs") as runtime:
+        yield runtime
+
+
+@pytest.fixture(params=["inline", "ray"])
+def runtime(request):
+    if request.param == "ray":
+        return request.getfixturevalue("ray_runtime")
+    from megatron_pbsd.controller.inline import InlineRuntime
+
+    return InlineRuntime()
