@@ -52,7 +52,7 @@ def model_folder(tmp_path) -> Path:
 def test_overrides_win_over_the_file_in_both_spellings(load):
     config = load(MINIMAL + "rollout: {slots: 8, group_size: 4}\n", "--rollout.slots", "32",
                   "--algorithm.loss.entropy_coefficient=-0.5", "--environment.hops", "[1, 2]", "--steps", "7",
-                  "--learner.optimizer.lr", "3e-4", "--learner.port", "null")
+                  "--learner.optimizer.lr", "3e-4", "--ray_port", "null")
     assert (config.rollout.slots, config.rollout.group_size, config.steps) == (32, 4, 7)
     assert config.algorithm.loss.entropy_coefficient == -0.5
     assert config.environment.hops == (1, 2)
