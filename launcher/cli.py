@@ -100,7 +100,8 @@ class _Parser(argparse.ArgumentParser):
 
 def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     """(command line, overrides). Of commands that read a configuration, every unknown `--flag` is an override."""
-    if not (argv and (argv[0] in ("train", "evaluate", "bench") or list(argv[:2]) in (["config", "check"], ["config", "show"]))):
+    command = " ".join(argv[:2] if argv[:1] == ["config"] else argv[:1])
+    if command not in ("train", "evaluate", "bench", "config check", "config show"):
         return list(argv), []
     rest, overrides, remaining = [], [], list(argv)
     while remaining:
@@ -116,13 +117,12 @@ def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def _train(arguments: argparse.Namespace) -> int:
     from launcher.overrides import load_config
-    from megatron_pbsd.observability.records import METRICS
+    from megatron_pbsd.observability.records import read_metrics
 
     config = load_config(arguments.config, arguments.overrides)
-    if (config.folder / METRICS).exists() and not arguments.resume:
-        raise UsageError(f"{config.folder} holds a run already: continue it with --resume, or choose another --name")
-    config.folder.mkdir(parents=True, exist_ok=True)
-    log = config.folder / "error.log"
+    if not arguments.resume and read_metrics(config.folder):
+        raise UsageError(f"{config.folder} holds a run already: continue it with --resume, choose another --name, or "
+                         "remove the folder")
     try:
         from megatron_pbsd.train import main as train
 
@@ -132,6 +132,8 @@ def _train(arguments: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         return _stop(INTERRUPTED, f"interrupted; continue with: pbsd train {arguments.config} --resume")
     except Exception as error:
+        log = config.folder / "error.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
         log.write_text(traceback.format_exc(), encoding="utf-8")
         return _stop(FAILED, f"{_failure(error)}\n      (traceback: {log})")
     return DONE
