@@ -14,9 +14,9 @@ from megatron_pbsd.checkpointing.store import CheckpointStore, read_manifest
 from megatron_pbsd.config import RunConfig
 from megatron_pbsd.controller.runtime import Client, Handle, Runtime, open_runtime
 from megatron_pbsd.environments import Environment, build_environment
-from megatron_pbsd.observability.records import TRAJECTORIES
 from megatron_pbsd.learner.group import LearnerGroup
 from megatron_pbsd.observability.recorder import Recorder
+from megatron_pbsd.observability.records import TRAJECTORIES
 from megatron_pbsd.prompts import evaluation_requests
 from megatron_pbsd.resharding.publication import Publisher
 from megatron_pbsd.rollout.coordinator import Coordinator, RolloutRequest

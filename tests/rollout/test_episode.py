@@ -1,8 +1,7 @@
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from scripted_rollout import STOP, EchoEnvironment, ScriptedEngine, expected, requests
 
 from megatron_pbsd.config import RolloutConfig
