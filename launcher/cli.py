@@ -1,13 +1,14 @@
 """`pbsd`: train, look at configurations, trajectories and reports, run benches.
 
 Only what a command needs is imported, so that `pbsd config check` answers at once. Exit codes: 0 done, 1 the run
-failed, 2 what was asked for is wrong, 130 interrupted.
+failed, 2 what was asked for is wrong, 130 interrupted, 143 terminated.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -15,7 +16,7 @@ from collections.abc import Callable, Sequence
 from launcher.schema import did_you_mean
 from megatron_pbsd.errors import PbsdError, UsageError
 
-DONE, FAILED, WRONG, INTERRUPTED = 0, 1, 2, 130
+DONE, FAILED, WRONG, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -123,6 +124,8 @@ def _train(arguments: argparse.Namespace) -> int:
     if not arguments.resume and read_metrics(config.folder):
         raise UsageError(f"{config.folder} holds a run already: continue it with --resume, choose another --name, or "
                          "remove the folder")
+    # What a scheduler sends before it kills: unwind as for Ctrl-C, so that no process stays behind.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
     try:
         from megatron_pbsd.train import main as train
 
