@@ -109,7 +109,7 @@ class RayClient:
         except RayTaskError as error:
             if isinstance(error.cause, Exception) and not isinstance(error.cause, RayTaskError):
                 # The remote traceback is the only one that shows where it happened.
-                error.cause.add_note(f"in {future.name}: {error.traceback_str.strip()}")
+                error.cause.add_note(f"in {future.name}: {str(error).strip()}")
                 raise error.cause from None
             raise
         except (RayActorError, WorkerCrashedError, OutOfMemoryError, NodeDiedError) as error:
