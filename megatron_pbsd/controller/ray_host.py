@@ -6,6 +6,7 @@ import faulthandler
 import os
 import re
 import signal
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from ray.exceptions import (
 from megatron_pbsd.controller.failures import ComponentDied
 
 LOG_LINES_SHOWN = 20
+COLOURS = "\x1b\\[[0-9;]*m"
 STACKS_WAIT_S = 2.0
 
 
@@ -35,6 +37,7 @@ class Host:
 
     def __init__(self, name: str, log: str):
         self._name = name
+        self._built = threading.Event()
         self._log = open(log, "ab", buffering=0)
         os.dup2(self._log.fileno(), 1)
         os.dup2(self._log.fileno(), 2)
@@ -48,7 +51,10 @@ class Host:
 
     def build(self, factory: Callable[..., Any], /, *args: Any, **kwargs: Any) -> None:
         # Not in __init__: Ray runs that in another thread than calls, and hides what it raises in a dead actor.
-        self._component = factory(*args, **kwargs)
+        try:
+            self._component = factory(*args, **kwargs)
+        finally:
+            self._built.set()
 
     def call(self, method: str, /, *args: Any, **kwargs: Any) -> Any:
         if not hasattr(self, "_component"):
@@ -57,6 +63,7 @@ class Host:
 
     @ray.method(concurrency_group="observe")
     def observe(self, method: str, /, *args: Any, **kwargs: Any) -> Any:
+        self._built.wait()
         return self.call(method, *args, **kwargs)
 
 
@@ -109,7 +116,7 @@ class RayClient:
         except RayTaskError as error:
             if isinstance(error.cause, Exception) and not isinstance(error.cause, RayTaskError):
                 # The remote traceback is the only one that shows where it happened.
-                error.cause.add_note(f"in {future.name}: {str(error).strip()}")
+                error.cause.add_note(f"in {future.name}: {re.sub(COLOURS, '', str(error)).strip()}")
                 raise error.cause from None
             raise
         except (RayActorError, WorkerCrashedError, OutOfMemoryError, NodeDiedError) as error:

@@ -79,7 +79,7 @@ def test_a_shared_value_reaches_all_receivers(runtime):
 
 def test_an_exception_comes_back_as_it_was(runtime):
     counter = runtime.spawn("counter", Counter)
-    with pytest.raises(LookupError, match="^'?nothing here'?$"):
+    with pytest.raises(LookupError, match="(?m)^'?nothing here'?$"):
         runtime.result(counter.call("fail", "nothing here"))
     assert runtime.result(counter.call("add", 1)) == 1
 
