@@ -35,7 +35,11 @@ class Rollout:
 
     def collect(self, requests: Sequence[RolloutRequest], step: int, *, temperature: float | None = None,
                 kind: str = "step") -> tuple[list[Group], dict[str, float]]:
-        """Unscored groups in the order of `requests`, and the rollout's metrics. `kind` names the crash-proof file."""
+        """Unscored groups in the order of `requests`, and the rollout's metrics.
+
+        Finished trajectories are in `trajectories/<kind>_<step>.unscored.jsonl` until the next rollout begins.
+        """
+        self.discard_unscored()
         sink = self._recorder.folder / TRAJECTORIES / f"{kind}_{step:06d}.unscored.jsonl"
         call = self._coordinator.call(
             "collect", requests, step=step, seed=self._config.seed, sink=sink.resolve(),
@@ -54,7 +58,7 @@ class Rollout:
         }
 
     def discard_unscored(self) -> None:
-        """What the sinks held has since been written with its scores."""
+        """What the last rollout wrote has since been recorded with its scores."""
         for path in (self._recorder.folder / TRAJECTORIES).glob("*.unscored.jsonl"):
             path.unlink()
 

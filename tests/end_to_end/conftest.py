@@ -16,7 +16,8 @@ def pbsd(tmp_path_factory):
     def start(name: str, *arguments: str) -> Run:
         command = [sys.executable, "-m", "launcher.cli", "train", str(QUICKSTART), "--runs", str(runs), "--name", name,
                    *arguments]
-        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                                   start_new_session=True)
         started.append(process)
         return Run(process, runs / name)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 
@@ -51,7 +52,11 @@ def test_an_interrupted_run_stops_cleanly(pbsd, sent, code):
     run = pbsd(f"interrupted-{sent.name}", *SMALL, "--steps", "1000")
     run.wait_for_step(1)
     family = run.family()
-    run.process.send_signal(sent)
+    if sent == signal.SIGINT:
+        # A terminal sends Ctrl-C to the whole group, Ray's servers and the actors too.
+        os.killpg(run.process.pid, sent)
+    else:
+        run.process.send_signal(sent)
     assert run.finish()[0] == code
     assert none_left(family)
 
@@ -72,7 +77,6 @@ def test_a_corrupt_checkpoint_is_named(pbsd):
 def test_a_full_disk_at_checkpoint_time_is_said(pbsd, tmp_path_factory):
     """More is asked for than the disk has: the run ends before it writes, and keeps its trajectories."""
     import ctypes
-    import os
 
     libc = ctypes.CDLL(None, use_errno=True)
     disk = tmp_path_factory.mktemp("disk").resolve()
