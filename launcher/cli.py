@@ -143,8 +143,7 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _failure(error: Exception) -> str:
-    """`component: message`; an error that came through Ray is the one that was raised in the actor."""
-    error = getattr(error, "cause", None) or error
+    """`component: message`."""
     return f"{error.component}: {error}" if isinstance(error, PbsdError) else f"run: {type(error).__name__}: {error}"
 
 

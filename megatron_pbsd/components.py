@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from megatron_pbsd import losses, summary
 from megatron_pbsd.checkpointing.hf_export import export_hf
@@ -21,7 +23,11 @@ from megatron_pbsd.prompts import evaluation_requests
 from megatron_pbsd.resharding.publication import Publisher
 from megatron_pbsd.rollout.coordinator import Coordinator, RolloutRequest
 from megatron_pbsd.rollout.engine_group import EngineGroup
+from megatron_pbsd.rollout.engines.protocol import Engine
 from megatron_pbsd.trajectory import Group
+
+if TYPE_CHECKING:
+    from megatron_pbsd.learner.learner import Learner
 
 PROBE_SEQUENCES = 4
 POLL_S = 0.5
@@ -141,23 +147,35 @@ def build(config: RunConfig, resume: bool) -> Iterator[Components]:
 
 
 def start_learner(runtime: Runtime, config: RunConfig) -> LearnerGroup:
-    from megatron_pbsd.learner.learner import Learner
-
     algorithm = config.algorithm
     supervised = algorithm.name == "sft"
     return LearnerGroup.spawn(
-        runtime, Learner, world_size=config.learner.parallel.world_size, deadline_s=config.learner.deadline_s,
+        runtime, build_learner, world_size=config.learner.parallel.world_size, deadline_s=config.learner.deadline_s,
         model=config.model, config=config.learner, loss=losses.build(algorithm if supervised else algorithm.loss),
         seed=config.seed, total_steps=config.steps * (1 if supervised else config.learner.updates_per_step))
 
 
-def start_engines(runtime: Runtime, config: RunConfig) -> EngineGroup:
-    from megatron_pbsd.rollout.engines.embedded.engine import EmbeddedEngine
+def build_learner(rank: int, rendezvous: str, **arguments: Any) -> Learner:
+    """In the rank's own process: the driver never imports Megatron."""
+    # Megatron warns of every GPU package that is absent; in a log's last lines that would hide what went wrong.
+    warnings.filterwarnings("ignore", module=r"megatron\.core", category=UserWarning)
+    from megatron_pbsd.learner.learner import Learner
 
+    return Learner(rank, rendezvous, **arguments)
+
+
+def start_engines(runtime: Runtime, config: RunConfig) -> EngineGroup:
     return EngineGroup.spawn(
-        runtime, EmbeddedEngine, count=config.rollout.engines, deadline_s=config.rollout.deadline_s,
+        runtime, build_engine, count=config.rollout.engines, deadline_s=config.rollout.deadline_s,
         model_path=config.model.path, slots=config.rollout.slots, max_context=config.rollout.max_context,
         load_weights=config.model.initial_weights == "load")
+
+
+def build_engine(**arguments: Any) -> Engine:
+    """In the engine's own process: the driver never imports transformers."""
+    from megatron_pbsd.rollout.engines.embedded.engine import EmbeddedEngine
+
+    return EmbeddedEngine(**arguments)
 
 
 def start_coordinator(runtime: Runtime, config: RunConfig, engines: EngineGroup) -> Handle:
