@@ -6,7 +6,6 @@ nothing survives even a driver that is killed; `close` makes the orderly end qui
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import shutil
@@ -25,7 +24,6 @@ from megatron_pbsd.errors import UsageError
 
 OBJECT_STORE_BYTES = 256 * 2**20
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TORCH_COMPILE_DISABLE": "1", "HF_HUB_OFFLINE": "1"}
-FOLDER_PREFIX = "pbsd-ray-"
 CLOSE_WAIT_S = 5.0
 
 
@@ -40,10 +38,10 @@ class RayRuntime(RayClient):
             check_port(port)
         logs.mkdir(parents=True, exist_ok=True)
         self._logs = logs.resolve()
-        self._folder = SessionFolder()
+        self._folder = session_folder()
         self._strangers = set(psutil.Process().children())
         try:
-            start_ray(self._folder.path, port)
+            start_ray(self._folder, port)
         except BaseException:
             self.close()
             raise
@@ -66,7 +64,7 @@ class RayRuntime(RayClient):
         for process in alive:
             process.kill()
         psutil.wait_procs(alive, timeout=CLOSE_WAIT_S)
-        self._folder.remove()
+        shutil.rmtree(self._folder, ignore_errors=True)
 
     def __enter__(self) -> RayRuntime:
         return self
@@ -117,39 +115,9 @@ def variables(values: dict[str, str]) -> Iterator[None]:
                 os.environ[name] = value
 
 
-class SessionFolder:
-    """Ray's sockets and files. Locked while in use, so that a later run can remove what a killed one left."""
-
-    def __init__(self) -> None:
-        # Socket paths may have 107 bytes, of which Ray's own names take about 65.
-        base = Path(min(tempfile.gettempdir(), "/tmp", key=len))
-        for left in base.glob(f"{FOLDER_PREFIX}*"):
-            self._remove_if_unused(left)
-        self.path = Path(tempfile.mkdtemp(prefix=FOLDER_PREFIX, dir=base))
-        self._lock = self._locked(self.path)
-
-    @staticmethod
-    def _locked(folder: Path) -> int:
-        """BlockingIOError when another process holds the lock."""
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            os.close(descriptor)
-            raise
-        return descriptor
-
-    def _remove_if_unused(self, folder: Path) -> None:
-        try:
-            lock = self._locked(folder)
-        except OSError:
-            return
-        shutil.rmtree(folder, ignore_errors=True)
-        os.close(lock)
-
-    def remove(self) -> None:
-        shutil.rmtree(self.path, ignore_errors=True)
-        os.close(self._lock)
+def session_folder() -> Path:
+    """A folder of our own for Ray's sockets and files. Socket paths may have 107 bytes, of which Ray takes about 65."""
+    return Path(tempfile.mkdtemp(prefix="pbsd-ray-", dir=min(tempfile.gettempdir(), "/tmp", key=len)))
 
 
 def check_port(port: int) -> None:
