@@ -101,8 +101,9 @@ def _model_problems(model: ModelConfig, parallel: ParallelConfig | None, setting
         return [Problem("model.path", f"model.path = {shown(model.path)}", source, message)]
 
     if not folder.is_dir():
-        siblings = [str(p) for p in folder.parent.iterdir() if p.is_dir()] if folder.parent.is_dir() else []
-        return problem(f"no such folder (seen from {Path.cwd()}){did_you_mean(str(folder), siblings)}")
+        siblings = [p.name for p in folder.parent.iterdir() if p.is_dir()] if folder.parent.is_dir() else []
+        near = did_you_mean(folder.name, siblings) + (f" (in {folder.parent})" if siblings else "")
+        return problem(f"no such folder, seen from {Path.cwd()}{near}")
     try:
         hf_config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 
@@ -66,7 +66,7 @@ class Settings:
 class _Loader(yaml.SafeLoader):
     """Scalars as JSON reads them: `3e-4` is a number, `no` and `2026-01-01` are text."""
 
-    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
+    yaml_implicit_resolvers: ClassVar[dict[str, list[tuple[str, re.Pattern[str]]]]] = {}
 
 
 for _tag, _pattern, _first in (
@@ -103,7 +103,8 @@ def read_yaml(path: Path) -> Settings:
         raise unreadable(f"is not valid YAML: {error}") from None
 
 
-def _mapping(loader: _Loader, node: yaml.MappingNode, prefix: KeyPath, path: Path, settings: Settings) -> dict[str, Any]:
+def _mapping(loader: _Loader, node: yaml.MappingNode, prefix: KeyPath, path: Path,
+             settings: Settings) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for key_node, value_node in node.value:
         key = str(key_node.value)

@@ -83,6 +83,8 @@ class LearnerConfig(Section):
     """Upper bound of padded tokens in one micro-batch; sequences of like length share one."""
     updates_per_step: PositiveInt = 1
     """Optimizer steps per rollout batch: groups are dealt to this many mini-batches."""
+    port: Annotated[int, Field(ge=1024, le=65535)] | None = None
+    """Where rank 0 listens for the other ranks; None takes a free port."""
     deadline_s: Annotated[float, Field(gt=0)] = 300.0
     """After this long without an answer a learner phase is declared hung."""
 
@@ -183,8 +185,11 @@ class SFTConfig(Section):
     """Demonstrations per optimizer step."""
     privileged_fraction: Fraction = 0.5
     """Share of demonstrations in the privileged prompt format."""
-    good_habits: Fraction = 0.4
+    good_habits: Fraction = 0.2
     """Share of flawless demonstrations in the plain format."""
+    bad_habits: dict[Literal["needless", "premature", "wrong_relation", "gives_up"], Annotated[float, Field(ge=0)]] = {
+        "needless": 1.0, "premature": 6.0, "wrong_relation": 1.0, "gives_up": 6.0}
+    """Relative weights of the habits in the other demonstrations (search_qa/demonstrations.py)."""
     good_habits_privileged: Fraction = 0.8
     """The same in the privileged format: how a small model learns what the hint is for."""
     fictional_names: Fraction = 0.5
@@ -235,8 +240,6 @@ class RunConfig(Section):
     """Steps of the whole run, resumed parts included."""
     runtime: Literal["ray", "inline"] = "ray"
     """`inline` runs every component in one process, for debugging; needs one learner rank."""
-    ray_port: Annotated[int, Field(ge=1024, le=65535)] | None = None
-    """Port of the local Ray head; None takes a free one."""
     model: ModelConfig
     """The policy."""
     algorithm: Annotated[GRPOConfig | PBSDConfig | SFTConfig, Field(discriminator="name")] = PBSDConfig()

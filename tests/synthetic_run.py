@@ -45,7 +45,7 @@ def trajectory(step: int, group: int, sample: int, solved: bool, wander: int, rn
     turns, evidence = [], []
     for i in range(wander):
         turns.append(turn(f"<think> maybe the currency helps </think> <search> currency of region {i} </search>",
-                          "<result> The euro & cents are used in 20 of 27 member states, issued by <b>central</b> banks "
+                          "<result> The euro & cents are used in 20 of 27 states, issued by <b>central</b> banks "
                           "that hold reserves of other currencies as well. </result>"))
         evidence.append(-abs(rng.gauss(1.1, 0.5)))
     turns.append(turn("<think> who found it, and where </think> <search> dysprosium discovered </search>",

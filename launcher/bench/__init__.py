@@ -1,1 +1,22 @@
-"""`pbsd bench NAME --json`: each bench measures in its own run and prints one JSON line."""
+"""`pbsd bench NAME --json`: each module here is a bench, whose `run(overrides)` measures in its own run.
+
+It returns named numbers; a name says its unit (`generated_tokens_per_s`) unless it has none.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from launcher.schema import did_you_mean
+from megatron_pbsd.errors import UsageError
+
+
+def load_bench(name: str) -> Callable[[Sequence[str]], dict[str, Any]]:
+    """The `run` of a bench. UsageError naming the benches that exist."""
+    names = sorted(module.name for module in pkgutil.iter_modules(__path__))
+    if name not in names:
+        raise UsageError(f"unknown bench {name!r}, expected one of: {', '.join(names)}{did_you_mean(name, names)}")
+    return importlib.import_module(f"{__name__}.{name}").run

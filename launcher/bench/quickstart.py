@@ -18,8 +18,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from launcher.bench.processes import PeakMemory
 from launcher.overrides import load_config
+from launcher.processes import PeakMemory
 from megatron_pbsd.errors import PbsdError
 from megatron_pbsd.observability.records import Row, read_metrics
 
@@ -60,7 +60,7 @@ def _train(arguments: Sequence[str]) -> tuple[float, int]:
 
 
 def _without_retriever(arguments: Sequence[str], policy: Path) -> float:
-    from megatron_pbsd.evaluation.evaluate import evaluate
+    from megatron_pbsd.evaluate import evaluate
 
     config = load_config(CONFIG, [*arguments, "--environment.retriever", "none", "--model.path", str(policy)])
     return evaluate(config)["eval/exact_match"]

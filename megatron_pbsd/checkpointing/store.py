@@ -19,6 +19,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_pbsd.errors import PbsdError
+
 MANIFEST = "manifest.json"
 LATEST = "latest"
 PARTIAL = ".partial"
@@ -26,8 +28,10 @@ FULL_BELOW = 1 << 20
 """Bytes of free space under which a failed write is put down to a full disk."""
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(PbsdError):
     """A checkpoint could not be written, or is not what was written; the message names the file or the sizes."""
+
+    component = "checkpoint"
 
 
 @dataclass(frozen=True)

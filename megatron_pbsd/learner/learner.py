@@ -17,6 +17,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron_pbsd.batch import Batch
 from megatron_pbsd.config import LearnerConfig, ModelConfig
 from megatron_pbsd.learner import state, weights
+from megatron_pbsd.learner.errors import LearnerError
 from megatron_pbsd.learner.microbatch import MicroBatch, micro_batches
 from megatron_pbsd.learner.model import build_model, build_optimizer
 from megatron_pbsd.learner.parallel_state import connect, disconnect
@@ -26,10 +27,6 @@ from megatron_pbsd.models import family
 from megatron_pbsd.models.hf_config import read
 from megatron_pbsd.platform import Platform, select
 from megatron_pbsd.resharding.manifest import WeightsManifest
-
-
-class LearnerError(RuntimeError):
-    """The learner cannot go on; the message says why."""
 
 
 class Learner:
@@ -128,13 +125,17 @@ class Learner:
         """Write this rank's part of the weights into the shared segment."""
         weights.publish(self._parameters, self._pieces, manifest)
 
+    def differing(self, manifest: WeightsManifest) -> list[str]:
+        """Tensors whose published bytes are not what this rank computes with; to be asked once all have published."""
+        return weights.differing(self._parameters, self._pieces, manifest)
+
     def save(self, folder: str) -> None:
         """Write model, optimizer, schedule and random numbers of all ranks into `folder`, readable at any layout."""
         with self.platform.running():
             state.save(folder, self._policy, self._optimizer, self._scheduler, self.platform)
 
     def load(self, folder: str) -> None:
-        """Inverse of `save`. FileNotFoundError when there is nothing to load."""
+        """Inverse of `save`. LearnerError when there is nothing to load."""
         with self.platform.running():
             state.load(folder, self._policy, self._optimizer, self._scheduler, self.platform)
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_pbsd.batch import SCHEMA, Batch
+from megatron_pbsd.learner.errors import LearnerError
 
 
 @dataclass(frozen=True)
@@ -36,10 +37,10 @@ def deal(lengths: Sequence[int], ranks: int, budget: int, multiple: int = 1) -> 
 
     Sequences are dealt in order of length, so that the ranks' micro-batches are equally many and of like shape; some
     may be empty. No micro-batch pads to more than `budget` positions (a sequence of T tokens has T - 1 positions,
-    rounded up to `multiple`). ValueError when a single sequence exceeds the budget.
+    rounded up to `multiple`). LearnerError when a single sequence exceeds the budget.
     """
     if not lengths:
-        raise ValueError("a batch without sequences cannot be divided into micro-batches")
+        raise LearnerError("a batch without sequences cannot be divided into micro-batches")
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     rows = [order[i : i + ranks] for i in range(0, len(order), ranks)]
     result: list[list[list[int]]] = [[] for _ in range(ranks)]
@@ -47,7 +48,7 @@ def deal(lengths: Sequence[int], ranks: int, budget: int, multiple: int = 1) -> 
     while start < len(rows):
         width = padded_width(lengths[rows[start][0]], multiple)
         if width > budget:
-            raise ValueError(
+            raise LearnerError(
                 f"learner.micro_batch_tokens = {budget} is less than the {width} positions of the longest sequence; "
                 f"set it to at least {width}")
         stop = start + budget // width

@@ -20,6 +20,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import MegatronModule
 
+from megatron_pbsd.learner.errors import LearnerError
 from megatron_pbsd.platform import Platform
 
 class InProcessSave(TorchDistSaveShardedStrategy):
@@ -64,7 +65,7 @@ def load(
     Random-number states belong to a layout: at another one they start afresh from the seed.
     """
     if not dist_checkpointing.check_is_distributed_checkpoint(folder):
-        raise FileNotFoundError(f"{folder} holds no learner state: its metadata.json is missing")
+        raise LearnerError(f"{folder} holds no learner state: its metadata.json is missing")
     same_layout = dist_checkpointing.load_common_state_dict(folder)["layout"] == _layout()
     state = _sharded(model, optimizer, is_loading=True)
     if same_layout:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 
-from megatron_pbsd.models.parameters import Index, ParameterMap, local_shape
+from megatron_pbsd.learner.errors import LearnerError
+from megatron_pbsd.models.errors import ModelError
+from megatron_pbsd.models.parameters import Index, ParameterMap, Piece, local_shape
 from megatron_pbsd.resharding.manifest import WeightsManifest
 from megatron_pbsd.resharding.shared_memory import attach
 
@@ -22,7 +24,7 @@ Source = Callable[[str, Index], torch.Tensor]
 def stored(folder: str, shapes: Mapping[str, tuple[int, ...]]) -> Source:
     """Tensors of a folder's safetensors files, read part by part.
 
-    ValueError naming every tensor that is missing, unexpected or of another shape. A stored lm_head is allowed
+    ModelError naming every tensor that is missing, unexpected or of another shape. A stored lm_head is allowed
     beside a tied embedding: some writers keep the copy.
     """
     files = _files_by_tensor(Path(folder))
@@ -36,7 +38,7 @@ def stored(folder: str, shapes: Mapping[str, tuple[int, ...]]) -> Source:
             if found != shape:
                 problems.append(f"{name} has shape {found}, config.json implies {shape}")
     if problems:
-        raise ValueError(f"weights in {folder}: " + "; ".join(problems))
+        raise ModelError(f"weights in {folder}: " + "; ".join(problems))
     return lambda name, index: handles[files[name]].get_slice(name)[index]
 
 
@@ -46,8 +48,8 @@ def _files_by_tensor(folder: Path) -> dict[str, Path]:
         return {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
     file = folder / "model.safetensors"
     if not file.is_file():
-        raise FileNotFoundError(f"{folder} has neither model.safetensors nor model.safetensors.index.json; "
-                                "model.initial_weights = 'random' starts without weights")
+        raise ModelError(f"{folder} has neither model.safetensors nor model.safetensors.index.json; "
+                         "model.initial_weights = 'random' starts without weights")
     with safe_open(file, framework="pt") as handle:
         return dict.fromkeys(handle.keys(), file)
 
@@ -67,12 +69,12 @@ def random(shapes: Mapping[str, tuple[int, ...]], std: float, seed: int) -> Sour
 
 
 def fill(parameters: Mapping[str, torch.Tensor], pieces: ParameterMap, source: Source) -> None:
-    """Set every parameter. ValueError when the map and the model do not name the same parameters and shapes."""
+    """Set every parameter. ModelError when the map and the model do not name the same parameters and shapes."""
     expected = {name: local_shape(parts) for name, parts in pieces.items()}
     found = {name: tuple(p.shape) for name, p in parameters.items()}
     if expected != found:
         differing = sorted(n for n in expected.keys() | found.keys() if expected.get(n) != found.get(n))
-        raise ValueError("the parameter map does not fit the model: " + "; ".join(
+        raise ModelError("the parameter map does not fit the model: " + "; ".join(
             f"{n}: map {expected.get(n)}, model {found.get(n)}" for n in differing))
     with torch.no_grad():
         for name, parts in pieces.items():
@@ -83,18 +85,36 @@ def fill(parameters: Mapping[str, torch.Tensor], pieces: ParameterMap, source: S
 def publish(parameters: Mapping[str, torch.Tensor], pieces: ParameterMap, manifest: WeightsManifest) -> None:
     """Write this rank's primary pieces into the manifest's segment; over all ranks each byte is written once.
 
-    ValueError when a tensor is not in the manifest or differs in dtype.
+    LearnerError when the manifest was not made for this model.
     """
+    for piece, mine, shared in _shared(parameters, pieces, manifest):
+        if piece.primary:
+            shared.copy_(mine)
+
+
+def differing(parameters: Mapping[str, torch.Tensor], pieces: ParameterMap, manifest: WeightsManifest) -> list[str]:
+    """Hugging Face names of tensors whose published bytes are not this rank's, replicas included."""
+    return sorted({
+        piece.hf_name for piece, mine, shared in _shared(parameters, pieces, manifest)
+        if not torch.equal(_bits(mine), _bits(shared))})
+
+
+def _shared(
+    parameters: Mapping[str, torch.Tensor], pieces: ParameterMap, manifest: WeightsManifest
+) -> Iterator[tuple[Piece, torch.Tensor, torch.Tensor]]:
+    """Each piece with its part of the parameter and of the segment."""
     published = attach(manifest)
-    with torch.no_grad():
-        for name, parts in pieces.items():
-            for piece in parts:
-                if not piece.primary:
-                    continue
-                if piece.hf_name not in published:
-                    raise ValueError(f"the weights manifest has no tensor {piece.hf_name!r}")
-                target = published[piece.hf_name]
-                if target.dtype != parameters[name].dtype:
-                    raise ValueError(f"{piece.hf_name}: the manifest says {target.dtype}, "
-                                     f"the learner holds {parameters[name].dtype}")
-                target[piece.hf_index].copy_(parameters[name][piece.local_index])
+    for name, parts in pieces.items():
+        parameter = parameters[name].detach()
+        for piece in parts:
+            tensor = published.get(piece.hf_name)
+            if tensor is None or tensor.dtype != parameter.dtype:
+                raise LearnerError(
+                    f"weights manifest: {piece.hf_name!r} is {'missing' if tensor is None else tensor.dtype}, "
+                    f"expected {parameter.dtype}")
+            yield piece, parameter[piece.local_index], tensor[piece.hf_index]
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    """Bytes instead of numbers: -0 is not 0, and NaN is NaN."""
+    return tensor.cpu().contiguous().view(torch.uint8)

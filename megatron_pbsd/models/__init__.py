@@ -8,9 +8,10 @@ from typing import Any, Protocol, cast
 
 from megatron_pbsd.config import ParallelConfig
 from megatron_pbsd.models import qwen3
+from megatron_pbsd.models.errors import ModelError
 from megatron_pbsd.models.parameters import ParameterMap, RankCoordinates
 
-__all__ = ["Family", "family", "layout_problems"]
+__all__ = ["Family", "ModelError", "family", "layout_problems"]
 
 
 class Family(Protocol):
@@ -33,11 +34,11 @@ FAMILIES: Mapping[str, Family] = {"qwen3": cast(Family, qwen3)}
 
 
 def family(hf: Mapping[str, Any]) -> Family:
-    """The family of a config.json, whose every field it has accounted for. ValueError when it cannot."""
+    """The family of a config.json, whose every field it has accounted for. ModelError when it cannot."""
     name = hf.get("model_type")
     if name not in FAMILIES:
         near = difflib.get_close_matches(str(name), FAMILIES, 1)
-        raise ValueError(f"config.json: model_type = {name!r} is not implemented; have {sorted(FAMILIES)}"
+        raise ModelError(f"config.json: model_type = {name!r} is not implemented; have {sorted(FAMILIES)}"
                          + (f"; did you mean {near[0]!r}?" if near else ""))
     chosen = FAMILIES[name]
     chosen.check_config(hf)

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from megatron_pbsd.models.errors import ModelError
+
 
 @dataclass(frozen=True)
 class FieldRule:
@@ -30,8 +32,10 @@ def ignored() -> FieldRule:
     return FieldRule("ignored")
 
 
-def checked(config: Mapping[str, Any], rules: Mapping[str, FieldRule], required: tuple[str, ...], prefix: str = "") -> None:
-    """ValueError with one sentence per field that is missing, unknown or has an unsupported value."""
+def checked(
+    config: Mapping[str, Any], rules: Mapping[str, FieldRule], required: tuple[str, ...], prefix: str = ""
+) -> None:
+    """ModelError with one sentence per field that is missing, unknown or has an unsupported value."""
     problems = [f"'{prefix}{name}' is missing" for name in required if name not in config]
     for name, value in config.items():
         rule = rules.get(name)
@@ -43,12 +47,15 @@ def checked(config: Mapping[str, Any], rules: Mapping[str, FieldRule], required:
             problems.append(f"'{prefix}{name}' = {value!r} is not implemented; "
                             f"supported: {', '.join(map(repr, rule.values))}")
     if problems:
-        raise ValueError("config.json: " + "; ".join(problems))
+        raise ModelError("config.json: " + "; ".join(problems))
 
 
 def read(folder: str | Path) -> dict[str, Any]:
-    """config.json of a model folder. FileNotFoundError naming the path."""
+    """config.json of a model folder. ModelError naming the path when it is missing or no JSON."""
     path = Path(folder) / "config.json"
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist: model.path must be a folder in Hugging Face format")
-    return json.loads(path.read_text())
+        raise ModelError(f"{path} does not exist: model.path must be a folder in Hugging Face format")
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ModelError(f"{path} is not JSON: {error}") from error

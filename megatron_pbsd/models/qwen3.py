@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_pbsd.config import ParallelConfig
+from megatron_pbsd.models.errors import ModelError
 from megatron_pbsd.models.hf_config import FieldRule, checked, ignored, mapped, only
 from megatron_pbsd.models.parameters import ParameterMap, Piece, Placement, RankCoordinates
 
@@ -37,7 +38,7 @@ REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers
 
 
 def check_config(hf: Mapping[str, Any]) -> None:
-    """ValueError naming every field that is missing, unknown, or has a value this family does not implement."""
+    """ModelError naming every field that is missing, unknown, or has a value this family does not implement."""
     layer_types = FieldRule("only", (["full_attention"] * hf.get("num_hidden_layers", 0),))
     checked(hf, {**FIELDS, "layer_types": layer_types}, REQUIRED)
     _rope_theta(hf)
@@ -47,7 +48,7 @@ def _rope_theta(hf: Mapping[str, Any]) -> float:
     rope = hf.get("rope_parameters")
     if rope is None:
         if "rope_theta" not in hf:
-            raise ValueError("config.json has neither 'rope_parameters' nor 'rope_theta'")
+            raise ModelError("config.json has neither 'rope_parameters' nor 'rope_theta'")
         return hf["rope_theta"]
     checked(rope, {"rope_theta": mapped(), "rope_type": only("default")}, ("rope_theta",), "rope_parameters.")
     return rope["rope_theta"]
@@ -129,10 +130,10 @@ def layout_problems(hf: Mapping[str, Any], parallel: ParallelConfig) -> list[str
 def pieces(hf: Mapping[str, Any], parallel: ParallelConfig, at: RankCoordinates) -> ParameterMap:
     """Parameters of the rank at `at`, by Megatron's name: see `Piece`.
 
-    ValueError when the model cannot be divided like this.
+    ModelError when the model cannot be divided like this.
     """
     if problems := layout_problems(hf, parallel):
-        raise ValueError("; ".join(problems))
+        raise ModelError("; ".join(problems))
     place = Placement(hf_tensors(hf), parallel.tp, at)
     first, last = at.pp == 0, at.pp == parallel.pp - 1
     local: dict[str, list[Piece]] = {}

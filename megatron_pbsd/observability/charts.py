@@ -47,11 +47,13 @@ class Frame:
 
 
 def number(value: float) -> str:
-    """Three significant digits."""
+    """Three significant digits, and a true minus sign."""
+    if value < 0:
+        return "−" + number(-value)
     if value == 0:
         return "0"
-    if 0.001 <= abs(value) < 10_000:
-        digits = max(0, 2 - math.floor(math.log10(abs(value))))
+    if 0.001 <= value < 10_000:
+        digits = max(0, 2 - math.floor(math.log10(value)))
         text = f"{value:,.{digits}f}"
         return text.rstrip("0").rstrip(".") if "." in text else text
     return f"{value:.2g}"
@@ -63,14 +65,14 @@ def percent(value: float) -> str:
 
 def ticks(low: float, high: float, count: int = 4) -> list[float]:
     """Round values that enclose [low, high], about `count` of them."""
-    if high <= low:
-        margin = abs(low) * 0.1 or 1.0
-        low, high = low - margin, high + margin
+    size = max(abs(low), abs(high))
+    if high - low <= 1e-9 * size:
+        low, high = low - (0.1 * size or 1.0), high + (0.1 * size or 1.0)
     rough = (high - low) / count
     unit = 10.0 ** math.floor(math.log10(rough))
     step = next(unit * m for m in (1, 2, 2.5, 5, 10) if unit * m >= rough * 0.999)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [round(i * step, 12) for i in range(first, last + 1)]
+    return [float(f"{i * step:.15g}") for i in range(first, last + 1)]
 
 
 def line_chart(title: str, lines: Sequence[Line], form: Format = number, from_zero: bool = False,
@@ -167,7 +169,8 @@ def _step_axis(frame: Frame, first: float | None = None, last: float | None = No
     low, high = frame.x[0] if first is None else first, frame.x[1] if last is None else last
     count = 6 if frame.width > 400 else 3
     marks = [t for t in ticks(low, high, count) if low <= t <= high and t == int(t)] if high > low else [low]
-    return "".join(f'<text class="tick" x="{frame.px(mark)}" y="{frame.height - 9}" text-anchor="middle">{mark:g}</text>'
+    y = frame.height - 9
+    return "".join(f'<text class="tick" x="{frame.px(mark)}" y="{y}" text-anchor="middle">{mark:,.0f}</text>'
                    for mark in marks)
 
 
@@ -176,10 +179,11 @@ def _value_label(frame: Frame, line: Line, index: int, form: Format) -> str:
     at, down = frame.px(x), frame.py(y)
     if last:
         at, down, anchor = at + 7, down + 4, "start"
+    elif index == 0:
+        down, anchor = down + 18, "start"
     else:  # beside the curve: above, and to the left of a rise or to the right of a fall
-        rises = frame.py(line.points[index + 1][1]) <= down
-        at, down, anchor = (at, down - 9, "end" if rises and index else "start")
-        down = down + 26 if down < TOP + 6 else down
+        down, anchor = down - 9, "end" if frame.py(line.points[index + 1][1]) <= down else "start"
+    down += 26 if down < TOP - 3 else 0
     return f'<text class="value" x="{at:.1f}" y="{down:.1f}" text-anchor="{anchor}">{_text(form(y))}</text>'
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Protocol
 
 from rich.console import Console, Group, RenderableType
@@ -89,10 +90,10 @@ class LiveProgress:
         self._live.stop()
 
     def render(self) -> RenderableType:
-        done = min(int(self._rows[-1]["step"]) + 1 if self._rows else 0, self._steps)
+        done = self._rows[-1]["step"] if self._rows else 0
         head = Table.grid(padding=(0, 2))
         head.add_row(Text(self._name, style="bold"), ProgressBar(total=self._steps, completed=done, width=30),
-                     f"step {done}/{self._steps}", f"ETA {duration(eta(self._rows, self._steps))}")
+                     f"step {done:.0f}/{self._steps}", f"ETA {duration(eta(self._rows, self._steps))}")
         facts = Table.grid(padding=(0, 2))
         facts.add_column(style="dim", min_width=12)
         rewards = series(self._rows, REWARD)
@@ -119,13 +120,13 @@ def series(rows: Sequence[Row], key: str) -> list[float]:
 
 
 def position(row: Row, steps: int) -> str:
-    return f"{min(int(row['step']) + 1, steps)}/{steps}"
+    return f"{row['step']:.0f}/{steps}"
 
 
 def eta(rows: Sequence[Row], steps: int) -> float | None:
     """Seconds to the end at the mean pace of the last steps; None before the first."""
     recent = [row["time/step_s"] for row in rows[-RECENT:]]
-    return max(0, steps - 1 - int(rows[-1]["step"])) * sum(recent) / len(recent) if recent else None
+    return max(0.0, steps - rows[-1]["step"]) * sum(recent) / len(recent) if recent else None
 
 
 def duration(seconds: float | None) -> str:
@@ -140,7 +141,7 @@ def sparkline(values: Sequence[float], width: int = 40) -> str:
     """Block characters from the lowest to the highest value; longer series are averaged down to `width`."""
     if len(values) > width:
         edges = [round(i * len(values) / width) for i in range(width + 1)]
-        values = [sum(values[a:b]) / (b - a) for a, b in zip(edges, edges[1:], strict=False)]
+        values = [sum(values[a:b]) / (b - a) for a, b in pairwise(edges)]
     low, high = min(values), max(values)
     scale = (len(BARS) - 1) / (high - low) if high > low else 0.0
     return "".join(BARS[round((value - low) * scale)] for value in values)

@@ -18,8 +18,17 @@ from megatron_pbsd.config import ObservabilityConfig, RunConfig
 from megatron_pbsd.errors import PbsdError
 from megatron_pbsd.observability.progress import Progress, make_progress
 from megatron_pbsd.observability.records import (
-    CONFIG, METRICS, TRACE, TRAJECTORIES, RecordedTrajectory, Row, read_metrics, recorded_steps, trajectory_file,
-    write_atomically)
+    CONFIG,
+    METRICS,
+    TRACE,
+    TRAJECTORIES,
+    RecordedTrajectory,
+    Row,
+    read_metrics,
+    recorded_steps,
+    trajectory_file,
+    write_atomically,
+)
 from megatron_pbsd.observability.report import write_report
 from megatron_pbsd.observability.trace import Trace
 from megatron_pbsd.observability.wandb_sink import WandbSink
@@ -37,8 +46,10 @@ class RecordError(PbsdError):
 class Recorder:
     """Collects what happens in a step and writes it down when the step is logged.
 
-    A context manager: leaving it closes the files and, unless the run failed, writes the report. On a resumed run
-    (`first_step` > 0) records of steps >= first_step, which will be made again, are cut off.
+    `first_step` is the first row that will be logged: 0 (the starting policy), or the step after the checkpoint of a
+    resumed run; records of that step and later ones, which will be made again, are cut off.
+
+    A context manager: leaving it closes the files and, unless the run failed, writes the report.
 
         with Recorder(folder, config, run, first_step) as recorder:
             with recorder.phase("rollout"): ...

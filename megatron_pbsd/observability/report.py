@@ -14,7 +14,15 @@ from megatron_pbsd.errors import UsageError
 from megatron_pbsd.observability.charts import Line, histogram, line_chart, number, percent, stacked_bars
 from megatron_pbsd.observability.progress import EXACT_MATCH, REWARD, TOKENS_PER_S, duration
 from megatron_pbsd.observability.records import (
-    CONFIG, REPORT, RecordedTrajectory, Row, read_metrics, read_trajectories, recorded_steps, write_atomically)
+    CONFIG,
+    REPORT,
+    RecordedTrajectory,
+    Row,
+    read_metrics,
+    read_trajectories,
+    recorded_steps,
+    write_atomically,
+)
 from megatron_pbsd.observability.samples import evidence_limit, pick, scale, trajectory_card
 
 PHASE_ORDER = ("rollout", "train", "log_probs", "weights", "reward", "evaluation", "checkpoint", "other")
@@ -89,16 +97,14 @@ def _tiles(rows: Sequence[Row], config: RunConfig) -> str:
 def _learning(rows: Sequence[Row]) -> str:
     cards = []
     if rewards := _points(rows, REWARD):
-        window = max(1, len(rewards) // 16) | 1
-        smooth = _smoothed(rewards, window)
-        lines = [Line("reward", rewards, "faint"), Line(f"mean of {window}", smooth, labels=[len(smooth) - 1])]
-        note = f"Mean of the step's trajectories, and its moving mean over {window} steps"
-        cards.append(_card("Reward", note, line_chart("reward", lines[0 if window > 1 else 1:], from_zero=True)))
+        lines = _curve("reward", rewards, points_per_window=16)
+        note = "Mean of the step's trajectories" + (f", and its moving {lines[1].name} steps" if len(lines) > 1 else "")
+        cards.append(_card("Reward", note, line_chart("reward", lines, from_zero=True)))
     if matches := _points(rows, EXACT_MATCH):
         best = max(range(len(matches)), key=lambda i: matches[i][1])
         few = len(matches) <= 8
         labels = range(len(matches)) if few else dict.fromkeys([0, best, len(matches) - 1])
-        line = Line("exact match", matches, labels=list(labels), dots=True)
+        line = Line("exact match", matches, labels=list(labels), dots=len(matches) <= 40)
         note = "Share of evaluation prompts answered exactly" + ("" if few else "; first, best and last are labelled")
         cards.append(_card("Evaluation", note, line_chart("exact match", [line], percent, from_zero=True)))
     return f'<h2>Learning</h2><div class="pair">{"".join(cards)}</div>' if cards else ""
@@ -111,11 +117,11 @@ def _statistics(rows: Sequence[Row]) -> str:
     cards = []
     for key in sorted(keys, key=_group_order):
         points = _points(rows, key)
-        line = Line(key, points, labels=[len(points) - 1], dots=len(points) < 12)
         group, _, name = key.rpartition("/")
         title = f'<span class="of">{_text(group or "learner")}</span> {_text(name.replace("_", " "))}'
-        cards.append(f'<div class="card"><h3>{title}</h3>{line_chart(key, [line], width=290, height=140)}</div>')
-    note = "Every other metric, one value per step; the last one is labelled."
+        chart = line_chart(key, _curve(name, points), width=290, height=140)
+        cards.append(f'<div class="card"><h3>{title}</h3>{chart}</div>')
+    note = "Every other metric, one value per step; long series with their moving mean. The end of the line is labelled."
     return f'<h2>Statistics</h2><p class="note">{note}</p><div class="many">{"".join(cards)}</div>' if cards else ""
 
 
@@ -201,6 +207,15 @@ def _values(rows: Sequence[Row], key: str) -> list[float]:
 
 def _points(rows: Sequence[Row], key: str) -> list[tuple[float, float]]:
     return [(row["step"], row[key]) for row in rows if key in row]
+
+
+def _curve(name: str, points: Sequence[tuple[float, float]], points_per_window: int = 24) -> list[Line]:
+    """The points, faint behind their moving mean if they are many; the end is labelled."""
+    window = len(points) // points_per_window | 1
+    if window == 1:
+        return [Line(name, points, labels=[len(points) - 1], dots=len(points) < 12)]
+    return [Line(name, points, "faint"),
+            Line(f"mean over {window}", _smoothed(points, window), labels=[len(points) - 1])]
 
 
 def _smoothed(points: Sequence[tuple[float, float]], window: int) -> list[tuple[float, float]]:

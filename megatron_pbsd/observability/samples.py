@@ -52,9 +52,9 @@ def _turn(recorded: RecordedTrajectory, k: int, turn: Turn, limit: float | None)
     numbers = [f"{name} <b>{signed(value)}</b>{unit}" for name, value, unit in
                (("evidence", evidence, " nats"), ("advantage", advantage, "")) if value is not None]
     colour = ""
-    if evidence is not None and limit is not None:
+    if evidence and limit is not None:
         strength = min(1.0, abs(evidence) / limit)
-        colour = f' {"good" if evidence >= 0 else "bad"}" style="--strength:{strength:.3f}'
+        colour = f' {"good" if evidence > 0 else "bad"}" style="--strength:{strength:.3f}'
     generated, observation = recorded.turns[k]
     seen = f'<pre class="text observation">{_text(observation.strip())}</pre>' if observation.strip() else ""
     return (f'<div class="turn{colour}"><div class="head"><span class="kind">{k + 1}. {_text(turn.kind)}</span>'
@@ -63,8 +63,9 @@ def _turn(recorded: RecordedTrajectory, k: int, turn: Turn, limit: float | None)
 
 
 def signed(value: float) -> str:
-    """With its sign, and a true minus."""
-    return ("+" if value > 0 else "−" if value < 0 else "") + number(abs(value))
+    """With its sign and two decimals, more only where two would hide it."""
+    text = f"{abs(value):.2f}" if abs(value) >= 0.01 or value == 0 else number(abs(value))
+    return ("+" if value > 0 else "−" if value < 0 else "") + text
 
 
 def _text(value: str) -> str:

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
+import torch
 
 from megatron_pbsd.batch import Batch
 from megatron_pbsd.errors import PbsdError
@@ -88,6 +89,15 @@ class Publisher:
                     + ", ".join(entry.name for entry in self._manifest.entries))
             worst = max(worst, difference)
         return worst
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the published weights."""
+        return self._manifest.nbytes
+
+    def published(self) -> dict[str, torch.Tensor]:
+        """The weights of the last publication, as views into the segment."""
+        return attach(self._manifest)
 
     def close(self) -> None:
         self._segment.close()

@@ -31,8 +31,17 @@ class Segment:
 
 
 def attach(manifest: WeightsManifest) -> dict[str, torch.Tensor]:
-    """The manifest's tensors as views into the segment; unmapped when the last of them is gone."""
-    flat = torch.from_file(str(ROOT / manifest.segment), shared=True, size=manifest.nbytes, dtype=torch.uint8)
+    """The manifest's tensors as views into the segment; unmapped when the last of them is gone.
+
+    ValueError when the segment is gone or too short.
+    """
+    path = ROOT / manifest.segment
+    if not path.is_file():
+        raise ValueError(f"shared-memory segment {manifest.segment!r} does not exist")
+    size = path.stat().st_size
+    if size < manifest.nbytes:
+        raise ValueError(f"shared-memory segment {manifest.segment!r} has {size} bytes, expected {manifest.nbytes}")
+    flat = torch.from_file(str(path), shared=True, size=manifest.nbytes, dtype=torch.uint8)
     return {entry.name: view(flat, entry) for entry in manifest.entries}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from megatron_pbsd import losses
 from megatron_pbsd.batch import Batch
@@ -20,8 +21,8 @@ from megatron_pbsd.platform.cpu import Cpu
 from megatron_pbsd.resharding.manifest import layout
 from megatron_pbsd.resharding.shared_memory import Segment, attach
 
-ONE = ParallelConfig(world_size=1, tp=1, pp=1)
 LAYOUTS = {
+    "one": ParallelConfig(world_size=1, tp=1, pp=1),
     "tp2": ParallelConfig(world_size=2, tp=2, pp=1),
     "pp2": ParallelConfig(world_size=2, tp=1, pp=2),
     "dp2": ParallelConfig(world_size=2, tp=1, pp=1),
@@ -54,7 +55,7 @@ def make_batch(seed: int = 0, sequences: int = 7) -> Batch:
     return Batch({"tokens": tokens, **columns})
 
 
-def train(rank, rendezvous, folder, parallel, loss, platform=None, steps=3, initial="load"):
+def train(rank, rendezvous, folder, parallel, loss, platform=None, initial="load", sequences=7):
     """Log-probs before, metrics of each step, weights before and after."""
     from megatron_pbsd.learner.learner import Learner
 
@@ -62,11 +63,11 @@ def train(rank, rendezvous, folder, parallel, loss, platform=None, steps=3, init
     learner = Learner(rank, rendezvous, ModelConfig(path=str(folder), initial_weights=initial), config,
                       losses.build(loss), seed=3, total_steps=10, platform=platform)
     try:
-        batch = make_batch()
+        batch = make_batch(sequences=sequences)
         everywhere = learner.log_probs(Batch({"tokens": batch["tokens"]}))
         masked = learner.log_probs(batch)
         before = published(learner, rank)
-        metrics = [learner.step(batch) for _ in range(steps)]
+        metrics = [learner.step(batch) for _ in range(3)]
         return {"log_probs": everywhere, "masked": masked, "metrics": metrics, "before": before,
                 "after": published(learner, rank)}
     finally:
@@ -91,14 +92,16 @@ def published(learner, rank):
 
 
 @pytest.fixture(scope="module")
-def one_rank(ranks, hf_folders):
-    """(tied, loss name) → what one rank computes."""
+def run(ranks, hf_folders):
+    """(layout, tied, loss) → what each rank of that layout returns from `train`; each is run once."""
     made = {}
 
-    def get(tied, loss):
-        if (tied, loss) not in made:
-            made[tied, loss] = ranks.run(train, 1, hf_folders[tied], ONE, LOSSES[loss])[0]
-        return made[tied, loss]
+    def get(name, tied, loss):
+        key = (name, tied, loss)
+        if key not in made:
+            parallel = LAYOUTS[name]
+            made[key] = ranks.run(train, parallel.world_size, hf_folders[tied], parallel, LOSSES[loss])
+        return made[key]
 
     return get
 
@@ -114,47 +117,65 @@ def assert_same_run(results, expected):
         np.testing.assert_allclose(results[0]["after"][name], wanted, rtol=1e-5, atol=2e-6, err_msg=name)
 
 
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_policy_training_equals_one_rank(ranks, hf_folders, one_rank, name, tied):
-    parallel = LAYOUTS[name]
-    results = ranks.run(train, parallel.world_size, hf_folders[tied], parallel, LOSSES["policy"])
-    assert_same_run(results, one_rank(tied, "policy"))
+both = pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+divided = pytest.mark.parametrize("name", [name for name in LAYOUTS if name != "one"])
+
+
+@both
+@divided
+def test_policy_training_equals_one_rank(run, name, tied):
+    results = run(name, tied, "policy")
+    assert_same_run(results, run("one", tied, "policy")[0])
     assert all(result["log_probs"] is None for result in results[1:])
 
 
 @pytest.mark.parametrize("name", ["tp2", "pp2", "dp2"])
-def test_sft_training_equals_one_rank(ranks, hf_folders, one_rank, name):
-    parallel = LAYOUTS[name]
-    results = ranks.run(train, parallel.world_size, hf_folders[True], parallel, LOSSES["sft"])
-    assert_same_run(results, one_rank(True, "sft"))
+def test_sft_training_equals_one_rank(run, name):
+    assert_same_run(run(name, True, "sft"), run("one", True, "sft")[0])
+
+
+@both
+@divided
+def test_publication_is_bit_identical_to_the_file(run, hf_folders, name, tied):
+    stored = load_file(hf_folders[tied] / "model.safetensors")
+    published = run(name, tied, "policy")[0]["before"]
+    assert set(published) == set(stored)
+    for tensor, values in stored.items():
+        np.testing.assert_array_equal(published[tensor], values.numpy())
 
 
 @pytest.mark.parametrize("name", ["tp2", "tp2pp2"])
-def test_sequence_parallel_equals_one_rank(ranks, hf_folders, one_rank, name):
+def test_sequence_parallel_equals_one_rank(ranks, hf_folders, run, name):
     parallel = LAYOUTS[name]
     results = ranks.run(train, parallel.world_size, hf_folders[True], parallel, LOSSES["policy"],
                         SequenceParallelCpu())
-    assert_same_run(results, one_rank(True, "policy"))
+    assert_same_run(results, run("one", True, "policy")[0])
 
 
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-def test_log_probs_equal_transformers(hf_folders, one_rank, tied):
+def test_fewer_sequences_than_data_parallel_ranks(ranks, hf_folders):
+    found, alone = (
+        ranks.run(train, p.world_size, hf_folders[True], p, LOSSES["policy"], None, "load", 1)
+        for p in (LAYOUTS["dp2"], LAYOUTS["one"]))
+    assert_same_run(found, alone[0])
+
+
+@both
+def test_log_probs_equal_transformers(hf_folders, run, tied):
     from transformers import Qwen3ForCausalLM
 
     model = Qwen3ForCausalLM.from_pretrained(hf_folders[tied])
-    run, batch = one_rank(tied, "policy"), make_batch()
+    found, batch = run("one", tied, "policy")[0], make_batch()
     for i, tokens in enumerate(batch["tokens"]):
         with torch.no_grad():
             logits = model(torch.from_numpy(tokens)[None]).logits[0]
         expected = logits.log_softmax(-1)[torch.arange(len(tokens) - 1), torch.from_numpy(tokens[1:])].numpy()
-        np.testing.assert_allclose(run["log_probs"][i][1:], expected, atol=1e-5)
-        np.testing.assert_allclose(run["masked"][i][1:], expected * batch["loss_mask"][i][1:], atol=1e-5)
-        assert run["log_probs"][i][0] == 0
+        np.testing.assert_allclose(found["log_probs"][i][1:], expected, atol=1e-5)
+        np.testing.assert_allclose(found["masked"][i][1:], expected * batch["loss_mask"][i][1:], atol=1e-5)
+        assert found["log_probs"][i][0] == 0
 
 
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-def test_training_equals_plain_torch(hf_folders, one_rank, tied):
+@both
+def test_training_equals_plain_torch(hf_folders, run, tied):
     """Three SFT steps by transformers' model and torch's AdamW."""
     from transformers import Qwen3ForCausalLM
 
@@ -164,7 +185,7 @@ def test_training_equals_plain_torch(hf_folders, one_rank, tied):
     adam = torch.optim.AdamW(
         [{"params": decayed, "weight_decay": OPTIMIZER.weight_decay}, {"params": plain, "weight_decay": 0.0}],
         betas=(OPTIMIZER.beta1, OPTIMIZER.beta2), eps=OPTIMIZER.eps)
-    for step, metrics in enumerate(one_rank(tied, "sft")["metrics"], start=1):
+    for step, metrics in enumerate(run("one", tied, "sft")[0]["metrics"], start=1):
         total, count = torch.zeros(()), 0
         for tokens, mask in zip(batch["tokens"], batch["loss_mask"], strict=True):
             tokens, mask = torch.from_numpy(tokens), torch.from_numpy(mask)
@@ -183,26 +204,13 @@ def test_training_equals_plain_torch(hf_folders, one_rank, tied):
         assert metrics["lr"] == pytest.approx(lr)
         assert metrics["tokens"] == count
     for name, parameter in model.named_parameters():
-        np.testing.assert_allclose(one_rank(tied, "sft")["after"][name], parameter.detach().numpy(),
+        np.testing.assert_allclose(run("one", tied, "sft")[0]["after"][name], parameter.detach().numpy(),
                                    rtol=1e-4, atol=1e-5, err_msg=name)
 
 
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_publication_is_bit_identical_to_the_file(ranks, hf_folders, name, tied):
-    from safetensors.torch import load_file
-
-    parallel = LAYOUTS[name]
-    result = ranks.run(train, parallel.world_size, hf_folders[tied], parallel, LOSSES["sft"], None, 0)[0]
-    stored = load_file(hf_folders[tied] / "model.safetensors")
-    assert set(result["before"]) == set(stored)
-    for tensor, values in stored.items():
-        np.testing.assert_array_equal(result["before"][tensor], values.numpy())
-
-
 def test_random_weights_do_not_depend_on_the_layout(ranks, hf_folders):
-    made = [ranks.run(train, p.world_size, hf_folders[True], p, LOSSES["sft"], None, 0, "random")[0]["before"]
-            for p in (ONE, LAYOUTS["tp2pp2"])]
+    made = [ranks.run(train, p.world_size, hf_folders[True], p, LOSSES["sft"], None, "random")[0]["before"]
+            for p in (LAYOUTS["one"], LAYOUTS["tp2pp2"])]
     for name, values in made[0].items():
         np.testing.assert_array_equal(made[1][name], values)
         assert values.std() == pytest.approx(0.1, rel=0.15) if values.ndim == 2 else (values == 1).all()
@@ -216,10 +224,67 @@ def test_a_missing_field_is_named(ranks, hf_folders):
 def step_without_advantages(rank, rendezvous, folder):
     from megatron_pbsd.learner.learner import Learner
 
-    learner = Learner(rank, rendezvous, ModelConfig(path=str(folder)), LearnerConfig(parallel=ONE),
+    learner = Learner(rank, rendezvous, ModelConfig(path=str(folder)), LearnerConfig(parallel=LAYOUTS["one"]),
                       losses.build(PolicyLossConfig()), seed=0, total_steps=1)
     try:
         batch = make_batch()
         learner.step(Batch({"tokens": batch["tokens"], "loss_mask": batch["loss_mask"]}))
+    finally:
+        learner.close()
+
+
+def test_damage_to_published_weights_is_found_by_the_ranks_that_hold_them(ranks, hf_folders):
+    parallel = LAYOUTS["tp2"]
+    segment = Segment(1 << 20)
+    try:
+        results = ranks.run(find_damage, 2, hf_folders[True], parallel, segment.name)
+    finally:
+        segment.close()
+    assert results == [([], ["model.norm.weight"]), ([], ["model.embed_tokens.weight", "model.norm.weight"])]
+
+
+def find_damage(rank, rendezvous, folder, parallel, segment):
+    import torch.distributed as dist
+
+    from megatron_pbsd.learner.learner import Learner
+
+    learner = Learner(rank, rendezvous, ModelConfig(path=str(folder)), LearnerConfig(parallel=parallel),
+                      losses.build(SFTConfig()), seed=0, total_steps=1)
+    try:
+        manifest = layout(segment, learner.tensors())
+        learner.publish(manifest)
+        dist.barrier()
+        intact = learner.differing(manifest)
+        dist.barrier()
+        if rank == 0:
+            published = attach(manifest)
+            published["model.norm.weight"][0] += 1
+            published["model.embed_tokens.weight"][-1, -1] += 1
+        dist.barrier()
+        return intact, learner.differing(manifest)
+    finally:
+        learner.close()
+
+
+@pytest.mark.parametrize("name", ["one", "tp2", "dp2"])
+def test_the_first_update_after_scoring_has_ratio_one(ranks, hf_folders, name):
+    parallel = LAYOUTS[name]
+    metrics = ranks.run(on_policy_step, parallel.world_size, hf_folders[True], parallel)[0]
+    for key, wanted in {"ratio_mean": 1, "ratio_max": 1, "kl_old": 0, "clip_fraction": 0, "kl_rollout": 0}.items():
+        assert metrics[f"loss/{key}"] == pytest.approx(wanted, abs=1e-5)
+
+
+def on_policy_step(rank, rendezvous, folder, parallel):
+    import torch.distributed as dist
+
+    from megatron_pbsd.learner.learner import Learner
+
+    learner = Learner(rank, rendezvous, ModelConfig(path=str(folder)), LearnerConfig(parallel=parallel),
+                      losses.build(PolicyLossConfig()), seed=0, total_steps=1)
+    try:
+        batch, scores = make_batch(), [None]
+        scores[0] = learner.log_probs(batch)
+        dist.broadcast_object_list(scores)
+        return learner.step(batch.with_fields(old_log_probs=scores[0], rollout_log_probs=scores[0]))
     finally:
         learner.close()

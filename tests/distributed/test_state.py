@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from test_layouts import LAYOUTS, LOSSES, ONE, OPTIMIZER, make_batch, published
+from test_layouts import LAYOUTS, LOSSES, OPTIMIZER, make_batch, published
 
 from megatron_pbsd import losses
 from megatron_pbsd.config import LearnerConfig, ModelConfig
@@ -40,7 +40,7 @@ def saved(ranks, hf_folders, tmp_path_factory):
 
     def get(name, tied):
         if (name, tied) not in made:
-            parallel = (LAYOUTS | {"one": ONE})[name]
+            parallel = LAYOUTS[name]
             folder = str(tmp_path_factory.mktemp(name) / "learner")
             made[name, tied] = folder, ranks.run(
                 run, parallel.world_size, hf_folders[tied], parallel, None, folder)
@@ -56,7 +56,7 @@ def saved(ranks, hf_folders, tmp_path_factory):
 ])
 def test_resume(ranks, hf_folders, saved, source, target, tied):
     folder, expected = saved(source, tied)
-    parallel = (LAYOUTS | {"one": ONE})[target]
+    parallel = LAYOUTS[target]
     found = ranks.run(run, parallel.world_size, hf_folders[tied], parallel, folder, None, 99)
     for got, wanted in zip(found[0][0], expected[0][0], strict=True):
         assert got == pytest.approx(wanted, rel=1e-5, abs=1e-7)
@@ -70,4 +70,4 @@ def test_resume(ranks, hf_folders, saved, source, target, tied):
 
 def test_nothing_to_load_is_named(ranks, hf_folders, tmp_path):
     with pytest.raises(AssertionError, match="holds no learner state"):
-        ranks.run(run, 1, hf_folders[True], ONE, str(tmp_path), None)
+        ranks.run(run, 1, hf_folders[True], LAYOUTS["one"], str(tmp_path), None)

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_pbsd.batch import Batch
+from megatron_pbsd.learner.errors import LearnerError
 from megatron_pbsd.learner.microbatch import deal, micro_batches
 
 lengths = st.lists(st.integers(1, 40), min_size=1, max_size=30)
@@ -54,10 +55,10 @@ def test_every_prediction_appears_once_with_its_own_fields(lengths, ranks, maske
 
 
 def test_a_sequence_beyond_the_budget_is_an_error_that_names_the_key():
-    with pytest.raises(ValueError, match="learner.micro_batch_tokens = 8 .* at least 9"):
+    with pytest.raises(LearnerError, match="learner.micro_batch_tokens = 8 .* at least 9"):
         deal([10, 3], 1, 8)
 
 
 def test_an_empty_batch_is_an_error():
-    with pytest.raises(ValueError, match="without sequences"):
+    with pytest.raises(LearnerError, match="without sequences"):
         deal([], 2, 8)

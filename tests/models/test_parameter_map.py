@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_pbsd.config import ParallelConfig
-from megatron_pbsd.models import family, layout_problems
+from megatron_pbsd.models import ModelError, family, layout_problems
 from megatron_pbsd.models.parameters import coordinates, local_shape
 
 
@@ -47,8 +47,9 @@ def test_primary_pieces_cover_every_element_once_and_locals_are_tiled(parallel, 
 def test_fused_qkv_is_interleaved_by_key_value_head():
     hf = hf_config()
     parallel = ParallelConfig(world_size=2, tp=2, pp=1)
-    pieces = family(hf).pieces(hf, parallel, coordinates(parallel, 1))["decoder.layers.0.self_attention.linear_qkv.weight"]
-    rows = [(p.hf_name.split(".")[-2], p.hf_index[0].start, p.hf_index[0].stop) for p in pieces]
+    local = family(hf).pieces(hf, parallel, coordinates(parallel, 1))
+    rows = [(p.hf_name.split(".")[-2], p.hf_index[0].start, p.hf_index[0].stop)
+            for p in local["decoder.layers.0.self_attention.linear_qkv.weight"]]
     assert rows == [("q_proj", 8, 12), ("k_proj", 4, 6), ("v_proj", 4, 6),
                     ("q_proj", 12, 16), ("k_proj", 6, 8), ("v_proj", 6, 8)]
 
@@ -62,7 +63,7 @@ def test_layouts_that_do_not_divide_the_model_are_named(tp, pp, words):
     hf, parallel = hf_config(), ParallelConfig(world_size=tp * pp, tp=tp, pp=pp)
     (problem,) = layout_problems(hf, parallel)
     assert all(word in problem for word in words), problem
-    with pytest.raises(ValueError, match="does not divide"):
+    with pytest.raises(ModelError, match="does not divide"):
         family(hf).pieces(hf, parallel, coordinates(parallel, 0))
 
 
@@ -77,14 +78,14 @@ def test_layouts_that_do_not_divide_the_model_are_named(tp, pp, words):
     ({"rope_scaling": {"type": "yarn"}}, "'rope_scaling'"),
 ])
 def test_fields_that_change_the_mathematics_are_errors(change, words):
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(ModelError, match=words):
         family(hf_config(**change))
 
 
 def test_missing_fields_are_all_named():
     hf = hf_config()
     del hf["head_dim"], hf["rms_norm_eps"]
-    with pytest.raises(ValueError, match="'head_dim' is missing; 'rms_norm_eps' is missing"):
+    with pytest.raises(ModelError, match="'head_dim' is missing; 'rms_norm_eps' is missing"):
         family(hf)
 
 

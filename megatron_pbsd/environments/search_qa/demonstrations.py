@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -26,6 +26,7 @@ from megatron_pbsd.trajectory import Trajectory, Turn, VersionSpan
 
 GAVE_UP = "unknown"
 THOUGHT_SHARE = 0.15
+LAST_HOP_SHARE = 0.6
 
 
 @dataclass(frozen=True)
@@ -60,11 +61,15 @@ class Demonstrator:
         question = rng.choice(questions)
         privileged = rng.random() < self.config.privileged_fraction
         good = rng.random() < (self.config.good_habits_privileged if privileged else self.config.good_habits)
-        habit = flawless if good else rng.choice(BAD_HABITS)
+        habit = flawless if good else BAD_HABITS[self._bad_habit(rng)]
         rename = self._fiction(question, rng) if rng.random() < self.config.fictional_names else str
         turns = [self._turn(move, rename) for move in self._thoughtful(habit(question, self, rng), question, rng)]
         return Trajectory(str(index), str(index), question.task.task_id,
                           prompt=self._prompt(question, rename, privileged), privileged_prompt=(), turns=tuple(turns))
+
+    def _bad_habit(self, rng: random.Random) -> str:
+        names, shares = zip(*self.config.bad_habits.items(), strict=True)
+        return rng.choices(names, shares)[0]
 
     def _prompt(self, question: Question, rename: Callable[[str], str], privileged: bool) -> tuple[int, ...]:
         ids, encode = self.environment.tokenizer.ids, self.environment.tokenizer.encode
@@ -126,7 +131,7 @@ def needless(question: Question, world: Demonstrator, rng: random.Random) -> lis
 
 def premature(question: Question, world: Demonstrator, rng: random.Random) -> list[Move]:
     """Answers before the chain is walked: with what the last hop gave, or with a guess."""
-    hops = rng.randrange(len(question.chain))
+    hops = _hops_before_stopping(question, rng)
     answer = question.chain[hops - 1].target if hops else rng.choice(world.objects)
     return [*searches(question, hops), Move("answer", answer)]
 
@@ -142,10 +147,18 @@ def wrong_relation(question: Question, world: Demonstrator, rng: random.Random) 
 
 def gives_up(question: Question, world: Demonstrator, rng: random.Random) -> list[Move]:
     """Stops searching and admits defeat."""
-    return [*searches(question, rng.randrange(len(question.chain))), Move("answer", GAVE_UP)]
+    return [*searches(question, _hops_before_stopping(question, rng)), Move("answer", GAVE_UP)]
 
 
-BAD_HABITS: Sequence[Habit] = (needless, premature, wrong_relation, gives_up)
+def _hops_before_stopping(question: Question, rng: random.Random) -> int:
+    """Mostly just short of the end, so that stopping is the likelier move wherever the last hop is still to be made:
+    the base policy's most probable behaviour fails too, not only its samples."""
+    last = len(question.chain) - 1
+    return last if last == 0 or rng.random() < LAST_HOP_SHARE else rng.randrange(last)
+
+
+BAD_HABITS: Mapping[str, Habit] = {
+    "needless": needless, "premature": premature, "wrong_relation": wrong_relation, "gives_up": gives_up}
 
 
 def _other_query(question: Question, at: int, rng: random.Random) -> str:

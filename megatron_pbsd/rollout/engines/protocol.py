@@ -11,12 +11,15 @@ from typing import Protocol
 
 import numpy as np
 
+from megatron_pbsd.errors import PbsdError
 from megatron_pbsd.resharding.manifest import WeightsManifest
 from megatron_pbsd.trajectory import FinishReason, VersionSpan
 
 
-class EngineError(RuntimeError):
+class EngineError(PbsdError):
     """An engine could not do what it was asked; the message names the engine, the request and the cause."""
+
+    component = "rollout"
 
 
 @dataclass(frozen=True)

@@ -179,8 +179,9 @@ def packed_attention(
     s_aux: torch.Tensor | None = None,
     **kwargs: object,
 ) -> tuple[torch.Tensor, None]:
-    """transformers' attention function. query [1, heads, T, head_dim]; key, value: a layer of SlotCache, or the row's own.
+    """transformers' attention function over a row of T packed tokens.
 
+    query [1, heads, T, head_dim]; key, value: a layer of SlotCache, or the row's own when nothing is cached.
     Returns [1, T, heads, value_dim]. NotImplementedError for soft-capped scores and attention sinks.
     """
     if softcap is not None or s_aux is not None:

@@ -28,6 +28,7 @@ class EmbeddedEngine:
 
     model_path: local Hugging Face folder. slots: chunks that run at once, and contexts whose KV is kept.
     max_context: most tokens of a trajectory, prompt and observations included. threads: torch threads of the process.
+    load_weights: False leaves the weights to the first publication.
     """
 
     def __init__(
@@ -40,12 +41,13 @@ class EmbeddedEngine:
         device: str = "cpu",
         dtype: str = "float32",
         threads: int = 1,
+        load_weights: bool = True,
     ) -> None:
         self.name = name
         self._max_context = max_context
         torch.set_num_threads(threads)
         try:
-            self._model = PackedModel(model_path, max_context, device, dtype)
+            self._model = PackedModel(model_path, max_context, device, dtype, load_weights)
             self._parameters = checkpoint_views(self._model.module)
             self._cache = SlotCache(slots, padded_keys(max_context))
             self._model.warm_up(self._cache)
@@ -72,16 +74,21 @@ class EmbeddedEngine:
 
         if any(chunk.request_id in known for known in (self._running, self._waiting, arriving)):
             raise refuse("is already running")
-        if not chunk.tokens:
-            raise refuse("has no tokens to continue")
+        if fault := self._fault_of(chunk.tokens):
+            raise refuse(fault)
         if len(chunk.tokens) >= self._max_context:
             raise refuse(f"has {len(chunk.tokens)} tokens of context: no room below max_context {self._max_context}")
         if chunk.max_new_tokens < 1:
             raise refuse(f"has max_new_tokens {chunk.max_new_tokens}, expected at least 1")
         if chunk.temperature < 0:
             raise refuse(f"has temperature {chunk.temperature}, expected 0 (greedy) or more")
-        if min(chunk.tokens) < 0 or max(chunk.tokens) >= self._model.vocab_size:
-            raise refuse(f"has token ids outside of the vocabulary [0, {self._model.vocab_size})")
+
+    def _fault_of(self, tokens: Sequences[int]) -> str | None:
+        if not tokens:
+            return "has no tokens"
+        if min(tokens) < 0 or max(tokens) >= self._model.vocab_size:
+            return f"has token ids outside of the vocabulary [0, {self._model.vocab_size})"
+        return None
 
     def collect(self) -> list[ChunkResult]:
         start = time.perf_counter()
@@ -147,6 +154,7 @@ class EmbeddedEngine:
         try:
             with torch.inference_mode():
                 copy_published(manifest, self._parameters)
+                self._cache.wipe()
         except ValueError as error:
             raise EngineError(f"engine {self.name!r}: weights version {version}: {error}") from error
         self._version = version
@@ -162,7 +170,9 @@ class EmbeddedEngine:
         scores: list[np.ndarray] = []
         batch: list[Sequences[int]] = []
         with torch.inference_mode():
-            for sequence in sequences:
+            for index, sequence in enumerate(sequences):
+                if fault := self._fault_of(sequence):
+                    raise EngineError(f"engine {self.name!r}: sequence {index} to score {fault}")
                 if batch and sum(map(len, batch)) + len(sequence) > SCORED_TOKENS_PER_PASS:
                     scores.extend(self._score(batch))
                     batch = []

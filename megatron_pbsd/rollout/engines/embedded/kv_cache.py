@@ -88,6 +88,11 @@ class SlotCache(Cache):
         values[self._slots, :, self._positions] = value_states[0].transpose(0, 1)
         return keys, values
 
+    def wipe(self) -> None:
+        """Zero every slot: a NaN left by bad weights would pass through the attention mask."""
+        for tensor in (*self.keys, *self.values):
+            tensor.zero_()
+
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Positions are always given explicitly, so that no length is common to the slots."""
         return 0

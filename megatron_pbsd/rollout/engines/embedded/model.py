@@ -35,12 +35,19 @@ def check_supported(config: PretrainedConfig, max_context: int) -> None:
 
 
 class PackedModel:
-    """path: a local Hugging Face folder. ValueError and OSError say what is wrong with it."""
+    """path: a local Hugging Face folder. ValueError and OSError say what is wrong with it.
 
-    def __init__(self, path: str, max_context: int, device: str, dtype: str) -> None:
-        check_supported(AutoConfig.from_pretrained(path, local_files_only=True), max_context)
-        self.module = AutoModelForCausalLM.from_pretrained(
-            path, dtype=getattr(torch, dtype), attn_implementation=PACKED_ATTENTION, local_files_only=True
+    load_weights: False builds the model from config.json alone; its weights are to be published before use.
+    """
+
+    def __init__(self, path: str, max_context: int, device: str, dtype: str, load_weights: bool = True) -> None:
+        config = AutoConfig.from_pretrained(path, local_files_only=True)
+        check_supported(config, max_context)
+        settings = {"dtype": getattr(torch, dtype), "attn_implementation": PACKED_ATTENTION}
+        self.module = (
+            AutoModelForCausalLM.from_pretrained(path, local_files_only=True, **settings)
+            if load_weights
+            else AutoModelForCausalLM.from_config(config, **settings)
         )
         self.module.eval().requires_grad_(False).to(device)
         self.device = torch.device(device)

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import difflib
-import mmap
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Iterable, Mapping
 
 import torch
 from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import Chunk, SplitModulelist, WeightConverter, WeightRenaming, apply_renamings
 
-from megatron_pbsd.resharding.manifest import WeightsManifest, view
-
-SHARED_MEMORY = Path("/dev/shm")
-
+from megatron_pbsd.resharding.manifest import WeightsManifest
+from megatron_pbsd.resharding.shared_memory import attach
 
 def checkpoint_views(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """Checkpoint name → view of the model's own memory; a tied tensor appears once.
@@ -22,7 +19,11 @@ def checkpoint_views(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     transformers fuses some parameters as it loads them (experts above all); each part is given back as a view.
     ValueError names a parameter that was stored in a way that no view can undo.
     """
-    inverse = [conversion.reverse_transform() for conversion in reversed(model._weight_conversions or [])]
+    # A model that was loaded knows what its loading did; one built from its configuration did what loading would do.
+    conversions = getattr(model, "_weight_conversions", None)
+    if conversions is None:
+        conversions = get_model_conversion_mapping(model, add_legacy=False)
+    inverse = [conversion.reverse_transform() for conversion in reversed(conversions)]
     renamings = [c for c in inverse if isinstance(c, WeightRenaming)]
     converters = [c for c in inverse if isinstance(c, WeightConverter)]
     views: dict[str, torch.Tensor] = {}
@@ -63,12 +64,13 @@ def _split(name: str, tensor: torch.Tensor, converters: list[WeightConverter]) -
 def check_manifest(manifest: WeightsManifest, parameters: Mapping[str, torch.Tensor]) -> None:
     """ValueError naming the first tensor that is missing, unexpected, or of another dtype or shape."""
     published = {entry.name: entry for entry in manifest.entries}
+    unknown = [name for name in published if name not in parameters]
     for name in parameters:
         if name not in published:
-            raise ValueError(f"tensor {name!r} is missing from the manifest{_nearest(name, published)}")
+            raise ValueError(f"tensor {name!r} is missing from the manifest{_nearest(name, unknown)}")
+    if unknown:
+        raise ValueError(f"tensor {unknown[0]!r} is not a parameter of the model{_nearest(unknown[0], parameters)}")
     for name, entry in published.items():
-        if name not in parameters:
-            raise ValueError(f"tensor {name!r} is not a parameter of the model{_nearest(name, parameters)}")
         expected = (str(parameters[name].dtype).removeprefix("torch."), tuple(parameters[name].shape))
         if (entry.dtype, tuple(entry.shape)) != expected:
             raise ValueError(
@@ -76,26 +78,13 @@ def check_manifest(manifest: WeightsManifest, parameters: Mapping[str, torch.Ten
             )
 
 
-def _nearest(name: str, names: Mapping[str, object]) -> str:
-    close = difflib.get_close_matches(name, names, n=1)
+def _nearest(name: str, names: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(names), n=1)
     return f"; the nearest name there is {close[0]!r}" if close else ""
 
 
 def copy_published(manifest: WeightsManifest, parameters: Mapping[str, torch.Tensor]) -> None:
-    """Copy the segment's tensors into the parameters. ValueError when the segment is absent or too short.
-
-    The segment is mapped as the file it is on Linux: attaching through `multiprocessing.shared_memory` would enlist it
-    with this process' resource tracker (Python < 3.13), which unlinks at exit what others still use.
-    """
+    """Copy the segment's tensors into the parameters. ValueError when the segment is absent or too short."""
     check_manifest(manifest, parameters)
-    path = SHARED_MEMORY / manifest.segment.lstrip("/")
-    if not path.exists():
-        raise ValueError(f"shared-memory segment {manifest.segment!r} does not exist")
-    if path.stat().st_size < manifest.nbytes:
-        raise ValueError(
-            f"shared-memory segment {manifest.segment!r} has {path.stat().st_size} bytes, expected {manifest.nbytes}"
-        )
-    # ACCESS_COPY: torch wants a writable buffer; nothing is ever written to it.
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) as segment:
-        for entry in manifest.entries:
-            parameters[entry.name].copy_(view(segment, entry))
+    for name, tensor in attach(manifest).items():
+        parameters[name].copy_(tensor)

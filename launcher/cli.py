@@ -1,0 +1,209 @@
+"""`pbsd`: train, look at configurations, trajectories and reports, run benches.
+
+Only what a command needs is imported, so that `pbsd config check` answers at once. Exit codes: 0 done, 1 the run
+failed, 2 what was asked for is wrong, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+
+from launcher.schema import did_you_mean
+from megatron_pbsd.errors import PbsdError, UsageError
+
+DONE, FAILED, WRONG, INTERRUPTED = 0, 1, 2, 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit code."""
+    command_line, overrides = split_overrides(sys.argv[1:] if argv is None else argv)
+    arguments = parser().parse_args(command_line)
+    arguments.overrides = overrides
+    try:
+        return arguments.run(arguments) or DONE
+    except UsageError as error:
+        return _stop(WRONG, str(error))
+    except PbsdError as error:
+        return _stop(FAILED, _failure(error))
+    except BrokenPipeError:  # the reader of our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return DONE
+    except KeyboardInterrupt:
+        return _stop(INTERRUPTED, "interrupted")
+
+
+def _stop(code: int, message: str) -> int:
+    print(f"pbsd: {message}", file=sys.stderr)
+    return code
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line without the overrides, which `split_overrides` takes out first."""
+    root = _Parser(prog="pbsd", description="RL post-training for LLM agents.", allow_abbrev=False)
+    commands = root.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(parent: argparse._SubParsersAction, name: str, summary: str, run: Callable, **options: object):
+        made = parent.add_parser(name, help=summary, description=summary, allow_abbrev=False, **options)
+        made.set_defaults(run=run)
+        return made
+
+    overrides = "Any key can be set on top, e.g. --learner.optimizer.lr 1e-4; `pbsd config show CONFIG` lists them."
+    train = command(commands, "train", "train as a configuration says", _train, epilog=overrides)
+    train.add_argument("config", metavar="CONFIG", help="YAML file")
+    train.add_argument("--resume", action="store_true", help="continue from the run's last checkpoint")
+
+    judge = command(commands, "evaluate", "evaluate the policy at model.path, without a learner", _evaluate,
+                    epilog=overrides)
+    judge.add_argument("config", metavar="CONFIG", help="YAML file")
+
+    config = commands.add_parser("config", help="check, show or describe configurations", allow_abbrev=False)
+    actions = config.add_subparsers(dest="action", required=True, metavar="ACTION")
+    for name, summary, run in (("check", "report everything that is wrong with a configuration", _config_check),
+                               ("show", "print the resolved configuration and what follows from it", _config_show)):
+        action = command(actions, name, summary, run, epilog=overrides)
+        action.add_argument("config", metavar="CONFIG", help="YAML file")
+    command(actions, "schema", "print the JSON schema of configurations", _config_schema)
+
+    seen = command(commands, "trajectories", "read what the policy did", _trajectories)
+    seen.add_argument("folder", metavar="RUN", help="the run's folder")
+    seen.add_argument("--step", type=int, help="which step (default: the last one recorded)")
+    seen.add_argument("--group", help="only this group: its id, or its position in the step, from 0")
+    seen.add_argument("--limit", type=int, default=4, help="at most so many trajectories (default: 4; 0: all)")
+    outcome = seen.add_mutually_exclusive_group()
+    outcome.add_argument("--solved", dest="solved", action="store_true", default=None, help="only solved ones")
+    outcome.add_argument("--failed", dest="solved", action="store_false", help="only failed ones")
+    seen.add_argument("--json", action="store_true", help="one JSON object per line")
+
+    command(commands, "report", "build report.html from what a run recorded", _report).add_argument(
+        "folder", metavar="RUN", help="the run's folder")
+
+    bench = command(commands, "bench", "measure one part", _bench, epilog=overrides)
+    bench.add_argument("name", metavar="NAME", help="a module of launcher/bench")
+    bench.add_argument("--json", action="store_true", help="print one line")
+    return root
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse whose errors are one message with the nearest valid choice."""
+
+    def _check_value(self, action: argparse.Action, value: object) -> None:
+        if action.choices is not None and value not in action.choices:
+            choices = [str(choice) for choice in action.choices]
+            raise argparse.ArgumentError(
+                None, f"unknown {action.metavar or action.dest} {value!r}, expected one of {', '.join(choices)}"
+                + did_you_mean(str(value), choices))
+
+
+def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(command line, overrides). Of commands that read a configuration, every unknown `--flag` is an override."""
+    if not (argv and (argv[0] in ("train", "evaluate", "bench") or list(argv[:2]) in (["config", "check"], ["config", "show"]))):
+        return list(argv), []
+    rest, overrides, remaining = [], [], list(argv)
+    while remaining:
+        token = remaining.pop(0)
+        if not token.startswith("--") or token in ("--resume", "--json", "--help"):
+            rest.append(token)
+            continue
+        overrides.append(token)
+        if "=" not in token and remaining and not remaining[0].startswith("--"):
+            overrides.append(remaining.pop(0))
+    return rest, overrides
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from launcher.overrides import load_config
+    from megatron_pbsd.observability.records import METRICS
+
+    config = load_config(arguments.config, arguments.overrides)
+    if (config.folder / METRICS).exists() and not arguments.resume:
+        raise UsageError(f"{config.folder} holds a run already: continue it with --resume, or choose another --name")
+    config.folder.mkdir(parents=True, exist_ok=True)
+    log = config.folder / "error.log"
+    try:
+        from megatron_pbsd.train import main as train
+
+        train(config, resume=arguments.resume)
+    except UsageError:
+        raise
+    except KeyboardInterrupt:
+        return _stop(INTERRUPTED, f"interrupted; continue with: pbsd train {arguments.config} --resume")
+    except Exception as error:
+        log.write_text(traceback.format_exc(), encoding="utf-8")
+        return _stop(FAILED, f"{_failure(error)}\n      (traceback: {log})")
+    return DONE
+
+
+def _failure(error: Exception) -> str:
+    """`component: message`; an error that came through Ray is the one that was raised in the actor."""
+    error = getattr(error, "cause", None) or error
+    return f"{error.component}: {error}" if isinstance(error, PbsdError) else f"run: {type(error).__name__}: {error}"
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
+    import json
+
+    from launcher.overrides import load_config
+    from megatron_pbsd.evaluate import evaluate
+
+    print(json.dumps(evaluate(load_config(arguments.config, arguments.overrides))))
+
+
+def _config_check(arguments: argparse.Namespace) -> None:
+    from launcher.overrides import load_config
+
+    load_config(arguments.config, arguments.overrides)
+    print(f"{arguments.config}: valid")
+
+
+def _config_show(arguments: argparse.Namespace) -> None:
+    import yaml
+
+    from launcher.overrides import load_config
+    from launcher.show import derived_values
+
+    config = load_config(arguments.config, arguments.overrides, check_model=False)
+    print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+    print("# what follows from it")
+    for name, value, formula in derived_values(config):
+        print(f"# {name:<32} {value:>8}   {formula}")
+
+
+def _config_schema(arguments: argparse.Namespace) -> None:
+    import json
+
+    from megatron_pbsd.config import RunConfig
+
+    print(json.dumps(RunConfig.model_json_schema(), indent=2))
+
+
+def _trajectories(arguments: argparse.Namespace) -> None:
+    from launcher.show import print_trajectories, select_trajectories
+    from megatron_pbsd.observability.records import run_folder
+
+    chosen = select_trajectories(run_folder(arguments.folder), arguments.step, arguments.group, arguments.solved,
+                                 arguments.limit)
+    print_trajectories(chosen, as_json=arguments.json)
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    from megatron_pbsd.observability.records import run_folder
+    from megatron_pbsd.observability.report import write_report
+
+    print(write_report(run_folder(arguments.folder)))
+
+
+def _bench(arguments: argparse.Namespace) -> None:
+    import json
+
+    from launcher.bench import load_bench
+
+    results = load_bench(arguments.name)(arguments.overrides)
+    print(json.dumps(results, indent=None if arguments.json else 2))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

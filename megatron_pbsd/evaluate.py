@@ -1,0 +1,29 @@
+"""Evaluate a policy folder without a learner: engines, coordinator, verifier."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from megatron_pbsd import summary
+from megatron_pbsd.components import score, start_coordinator, start_engines
+from megatron_pbsd.config import RunConfig
+from megatron_pbsd.controller import open_runtime
+from megatron_pbsd.environments import build_environment
+from megatron_pbsd.prompts import evaluation_requests
+
+
+def evaluate(config: RunConfig) -> dict[str, float]:
+    """`config.evaluation` of the policy at `config.model.path`: eval/exact_match, eval/f1, eval/turns."""
+    environment = build_environment(config.environment, config.model.path)
+    tasks = environment.tasks(config.evaluation.split)
+    with tempfile.TemporaryDirectory(prefix="pbsd-evaluate-") as folder:
+        runtime = open_runtime(config.runtime, Path(folder) / "logs")
+        try:
+            coordinator = start_coordinator(runtime, config, start_engines(runtime, config))
+            groups, _ = coordinator.call(
+                "collect", evaluation_requests(tasks, config), "evaluation", config.seed,
+                config.evaluation.temperature, Path(folder) / "unscored.jsonl").result()
+        finally:
+            runtime.close()
+    return summary.of_evaluation(score(environment, groups, {task.task_id: task for task in tasks}))

@@ -1,0 +1,212 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given, strategies as st
+
+from launcher.overrides import load_config
+from launcher.schema import describe, fields_at, known_keys
+from launcher.sources import ConfigError
+from megatron_pbsd.config import GRPOConfig, PBSDConfig, RunConfig
+
+MINIMAL = "name: test\nsteps: 3\nmodel: {path: models/none}\n"
+
+
+@pytest.fixture
+def load(tmp_path):
+    def load_text(text: str, *overrides: str, check_model: bool = False) -> RunConfig:
+        path = tmp_path / "run.yaml"
+        path.write_text(text)
+        return load_config(path, overrides, check_model)
+    return load_text
+
+
+@pytest.fixture
+def problems(load):
+    """{key: whole problem as text} of a configuration that is wrong."""
+    def problems_of(text: str, *overrides: str, check_model: bool = False) -> dict[str, str]:
+        with pytest.raises(ConfigError) as caught:
+            load(text, *overrides, check_model=check_model)
+        assert all(str(problem) in str(caught.value) for problem in caught.value.problems)
+        return {problem.key: str(problem) for problem in caught.value.problems}
+    return problems_of
+
+
+@pytest.fixture
+def model_folder(tmp_path) -> Path:
+    from transformers import Qwen3Config
+
+    folder = tmp_path / "models" / "base"
+    Qwen3Config(vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4,
+                num_key_value_heads=2, head_dim=16, tie_word_embeddings=True).save_pretrained(folder)
+    (folder / "tokenizer.json").write_text("{}")
+    (folder / "model.safetensors").write_bytes(b"")
+    return folder
+
+
+def test_overrides_win_over_the_file_in_both_spellings(load):
+    config = load(MINIMAL + "rollout: {slots: 8, group_size: 4}\n", "--rollout.slots", "32",
+                  "--algorithm.loss.entropy_coefficient=-0.5", "--environment.hops", "[1, 2]", "--steps", "7",
+                  "--learner.optimizer.lr", "3e-4", "--ray_port", "null")
+    assert (config.rollout.slots, config.rollout.group_size, config.steps) == (32, 4, 7)
+    assert config.algorithm.loss.entropy_coefficient == -0.5
+    assert config.environment.hops == (1, 2)
+    assert config.learner.optimizer.lr == 3e-4
+
+
+def test_text_fields_take_overrides_as_they_are(load):
+    config = load(MINIMAL, "--name", "2026", "--model.path", "no")
+    assert (config.name, config.model.path) == ("2026", "no")
+
+
+def test_resolved_configuration_reads_back_as_itself(load):
+    config = load(MINIMAL, "--algorithm.name", "grpo", "--rollout.temperature", "0.7")
+    assert load(yaml.safe_dump(config.model_dump(mode="json"))) == config
+
+
+def test_another_algorithm_drops_the_keys_of_the_files_own(load, problems):
+    text = MINIMAL + "algorithm: {name: pbsd, epsilon: 0.3, normalise_std: false, loss: {clip_high: 0.4}}\n"
+    config = load(text, "--algorithm.name", "grpo")
+    assert config.algorithm == GRPOConfig(normalise_std=False, loss=config.algorithm.loss)
+    assert config.algorithm.loss.clip_high == 0.4
+    assert isinstance(load(MINIMAL, "--algorithm.epsilon", "0.2").algorithm, PBSDConfig)
+    found = problems(text, "--algorithm.name", "grpo", "--algorithm.epsilon", "0.1")
+    assert "is a key of 'pbsd', not of 'grpo'" in found["algorithm.epsilon"]
+
+
+def test_every_problem_is_reported_at_once(problems):
+    found = problems(
+        "name: two words\nsteps: 0\nruntime: inlin\nmodle: {path: x}\nlr: 3e-4\n"
+        "learner:\n  optimizer: {lr: -1, lrr: 2}\n  updates_per_step: 99\n"
+        "rollout: {group_size: 1.5, temperatur: 1}\nenvironment: {hops: [1, 5]}\nevaluation: 3\n",
+        "--algorithm.name", "gropo", "--checkpoint.keep", "--stps=4")
+    assert set(found) == {
+        "name", "steps", "runtime", "modle", "model", "lr", "learner.optimizer.lr", "learner.optimizer.lrr",
+        "learner.updates_per_step", "rollout.group_size", "rollout.temperatur", "environment.hops", "evaluation",
+        "algorithm", "checkpoint.keep", "stps"}
+    for key, words in {
+        "steps": ("steps = 0", "run.yaml:2", ">= 1", "nearest valid value is 1"),
+        "runtime": ("'ray', 'inline'", "did you mean 'inline'"),
+        "modle": ("did you mean 'model'",),
+        "lr": ("did you mean 'learner.optimizer.lr'",),
+        "learner.optimizer.lr": ("= -1", "run.yaml:7", "> 0"),
+        "learner.optimizer.lrr": ("did you mean 'lr'",),
+        "learner.updates_per_step": ("exceeds rollout.prompts_per_step = 16",),
+        "rollout.group_size": ("nearest valid value is 2",),
+        "environment.hops": ("element 2", "<= 3"),
+        "evaluation": ("a section with the keys every",),
+        "algorithm": ("algorithm.name = \"gropo\"", "command line", "did you mean 'grpo'"),
+        "checkpoint.keep": ("needs a value",),
+        "stps": ("did you mean 'steps'",),
+    }.items():
+        for word in words:
+            assert word in found[key], (key, word, found[key])
+
+
+def test_a_conflict_about_a_wrong_value_is_not_guessed(problems):
+    found = problems(MINIMAL + "runtime: inline\nlearner: {parallel: {world_size: two}}\n")
+    assert set(found) == {"learner.parallel.world_size"}
+
+
+def test_conflict_of_sections_names_key_value_and_line(problems):
+    found = problems(MINIMAL + "runtime: inline\n")
+    assert "learner.parallel.world_size = 2" in found["learner.parallel.world_size"]
+    found = problems(MINIMAL, "--learner.parallel.world_size", "3")
+    assert "tp * pp may be one of [1, 3]" in found["learner.parallel"]
+
+
+def test_duplicate_keys_are_named_with_both_lines(problems):
+    found = problems("name: a\nsteps: 1\nmodel: {path: x}\nrollout:\n  slots: 1\n  slots: 2\nname: b\n")
+    assert "run.yaml:6" in found["rollout.slots"] and "run.yaml:5" in found["rollout.slots"]
+    assert "run.yaml:7" in found["name"] and "run.yaml:1" in found["name"]
+
+
+@pytest.mark.parametrize(("text", "words"), [
+    ("a: [1", "not valid YAML"), ("- 1\n- 2\n", "expected a mapping"), ("3", "expected a mapping"),
+    ("a: b: c", "not valid YAML"),
+])
+def test_unreadable_text(load, text, words):
+    with pytest.raises(ConfigError, match=words):
+        load(text)
+
+
+def test_unreadable_files(tmp_path):
+    (tmp_path / "quickstart.yaml").write_text(MINIMAL)
+    with pytest.raises(ConfigError, match="no such file; in .* there are: quickstart.yaml"):
+        load_config(tmp_path / "quickstrat.yaml")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_config(tmp_path)
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_config(tmp_path / "binary.yaml")
+
+
+def test_empty_file_asks_for_what_is_required(problems):
+    assert set(problems("")) == {"name", "steps", "model"}
+
+
+@pytest.mark.parametrize("text", ["lr: .nan", "lr: .inf", "lr: 1e999"])
+def test_numbers_must_be_finite(problems, text):
+    assert "finite" in problems(MINIMAL + "learner: {optimizer: {" + text + "}}")["learner.optimizer.lr"]
+
+
+def test_missing_model_folder_is_reported_with_the_rest(problems, model_folder):
+    found = problems(f"name: a\nsteps: none\nmodel: {{path: {model_folder}s}}\n", check_model=True)
+    assert set(found) == {"steps", "model.path"}
+    assert "no such folder" in found["model.path"] and "did you mean 'base'" in found["model.path"]
+
+
+def test_model_folder_is_looked_into(load, problems, model_folder):
+    text = f"name: a\nsteps: 1\nmodel: {{path: {model_folder}}}\n"
+    assert load(text, check_model=True).model.path == str(model_folder)
+    (model_folder / "model.safetensors").unlink()
+    assert "model.safetensors" in problems(text, check_model=True)["model.path"]
+    load(text, "--model.initial_weights", "random", check_model=True)
+    (model_folder / "config.json").write_text("{")
+    assert "config.json cannot be read" in problems(text, check_model=True)["model.path"]
+    (model_folder / "config.json").write_text(json.dumps({"model_type": "qwen4"}))
+    assert "qwen4" in problems(text, check_model=True)["model.path"]
+    (model_folder / "config.json").unlink()
+    assert "no config.json" in problems(text, check_model=True)["model.path"]
+
+
+def test_layout_that_the_model_cannot_have(problems, model_folder):
+    found = problems(f"name: a\nsteps: none\nmodel: {{path: {model_folder}}}\n", "--learner.parallel.tp", "4",
+                     "--learner.parallel.world_size", "4", check_model=True)
+    assert set(found) == {"steps", "learner.parallel.tp"}
+    assert "num_key_value_heads" in found["learner.parallel.tp"] and "command line" in found["learner.parallel.tp"]
+
+
+def test_every_key_says_what_it_is():
+    for path in known_keys():
+        for field in fields_at(path):
+            assert field.description or path[-1] == "loss", f"{'.'.join(path)} has no docstring"
+            assert describe(field.annotation, field.metadata)
+
+
+@given(st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(
+        st.sampled_from(sorted({key for path in known_keys() for key in path})), inner, max_size=5), max_leaves=20))
+def test_any_values_give_a_configuration_or_its_problems(values):
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "any.yaml")
+        path.write_text(json.dumps({"name": "a", "steps": 1, "model": {"path": "x"}} | (
+            values if isinstance(values, dict) else {"learner": values})))
+        try:
+            load_config(path, check_model=False)
+        except ConfigError as error:
+            assert error.problems
+
+
+def test_reading_a_configuration_imports_nothing_heavy():
+    script = ("import sys, launcher.cli, launcher.overrides\n"
+              "assert not {'torch', 'ray', 'transformers', 'megatron', 'numpy'} & set(sys.modules)")
+    subprocess.run([sys.executable, "-c", script], check=True)

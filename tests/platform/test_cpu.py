@@ -1,0 +1,43 @@
+"""The CPU stand-ins: checked before they are made, gone when Megatron code has run."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from megatron_pbsd.platform import cpu, cuda
+
+
+def test_stand_ins_are_taken_away_again():
+    before = {name: getattr(torch.cuda, name) for name in cpu._CUDA_STAND_INS}
+    with pytest.raises(KeyError), cpu.Cpu().running():
+        assert torch.cuda.current_device() == torch.device("cpu")
+        assert torch.zeros(2, device="cuda").device.type == "cpu"
+        assert torch.empty(1, device="cuda", pin_memory=True).cuda().type() == "torch.cuda.FloatTensor"
+        raise KeyError
+    assert {name: getattr(torch.cuda, name) for name in before} == before
+    assert torch.zeros(1).type() == "torch.FloatTensor"
+
+
+def test_a_missing_symbol_is_named():
+    owner = SimpleNamespace(__name__="megatron.core.somewhere", present=1)
+    cpu.require_symbols(owner, ("present",))
+    with pytest.raises(cpu.PlatformError, match="megatron.core.somewhere.absent does not exist"):
+        cpu.require_symbols(owner, ("present", "absent"))
+
+
+def test_another_megatron_version_is_refused(monkeypatch):
+    monkeypatch.setattr(cpu, "version", lambda name: "0.17.0")
+    with pytest.raises(cpu.PlatformError, match=r"megatron-core 0.17.0 is installed; .* needs 0.16.1"):
+        cpu.Cpu().prepare(0)
+
+
+def test_transformer_engine_names_of_fused_norms():
+    names = {cuda.Cuda().parameter_name(f"decoder.layers.0.{n}.weight") for n in (
+        "input_layernorm", "pre_mlp_layernorm", "self_attention.q_layernorm", "mlp.linear_fc1")}
+    assert names == {
+        "decoder.layers.0.self_attention.linear_qkv.layer_norm_weight",
+        "decoder.layers.0.mlp.linear_fc1.layer_norm_weight",
+        "decoder.layers.0.self_attention.q_layernorm.weight", "decoder.layers.0.mlp.linear_fc1.weight"}

@@ -1,0 +1,80 @@
+"""Tiny random models on disk, one per family, and engines over them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
+
+from megatron_pbsd.rollout.engines.embedded.engine import EmbeddedEngine
+
+SHAPE = dict(
+    vocab_size=96,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    max_position_embeddings=1024,
+    # Wide enough that the next token is neither certain nor uniform.
+    initializer_range=0.15,
+)
+MIXTURE = dict(moe_intermediate_size=32, num_experts=4, num_experts_per_tok=2)
+FAMILIES = {
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SHAPE, tie_word_embeddings=True)),
+    "qwen3_untied": lambda: Qwen3ForCausalLM(Qwen3Config(**SHAPE, tie_word_embeddings=False)),
+    "qwen3_moe": lambda: Qwen3MoeForCausalLM(Qwen3MoeConfig(**SHAPE, **MIXTURE)),
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SHAPE | dict(num_key_value_heads=4), bos_token_id=1)),
+}
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Family → folder with a saved model."""
+    root = tmp_path_factory.mktemp("models")
+    for family, build in FAMILIES.items():
+        torch.manual_seed(0)
+        build().save_pretrained(root / family)
+    return {family: root / family for family in FAMILIES}
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def make_engine(folders):
+    def make(family: str = "qwen3", *, slots: int = 8, max_context: int = 256) -> EmbeddedEngine:
+        return EmbeddedEngine(str(folders[family]), name="test-engine", slots=slots, max_context=max_context)
+
+    return make
+
+
+@pytest.fixture
+def reference(folders):
+    """The same model under transformers' own attention and cache."""
+
+    def load(family: str = "qwen3") -> PreTrainedModel:
+        return AutoModelForCausalLM.from_pretrained(folders[family], attn_implementation="eager").eval()
+
+    return load
+
+
+@pytest.fixture
+def prompts() -> list[tuple[int, ...]]:
+    """Sixteen prompts of 1 to 76 tokens."""
+    generator = torch.Generator().manual_seed(1)
+    return [tuple(torch.randint(96, (5 * i + 1,), generator=generator).tolist()) for i in range(16)]
