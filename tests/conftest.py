@@ -1,3 +1,5 @@
+from contextlib import closing
+
 import pytest
 
 
@@ -6,7 +8,7 @@ def ray_runtime(tmp_path_factory):
     """One cluster for all tests."""
     from megatron_pbsd.controller.ray_cluster import RayRuntime
 
-    with RayRuntime(tmp_path_factory.mktemp("ray") / "logs") as runtime:
+    with closing(RayRuntime(tmp_path_factory.mktemp("ray") / "logs")) as runtime:
         yield runtime
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from megatron_pbsd.batch import Batch
 from megatron_pbsd.controller.runtime import Handle, Runtime, gather
-from megatron_pbsd.resharding.manifest import WeightsManifest
+
+if TYPE_CHECKING:
+    from megatron_pbsd.resharding.manifest import WeightsManifest
 
 
 class _Group:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import faulthandler
 import os
+import re
 import shutil
 import signal
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -17,8 +19,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
 
 from megatron_pbsd.controller.runtime import ComponentDied
 
@@ -31,9 +34,14 @@ ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_enable_metrics_collection": "0",
     "RAY_prestart_worker_first_driver": "0",
+    # After a driver that was killed, Ray's agents look this long for their dead server before they end.
+    "RAY_gcs_rpc_server_reconnect_timeout_s": "10",
 }
 OBJECT_STORE_BYTES = 256 << 20
 LOG_LINES = 12
+CLOSE_WAIT_S = 5.0
+# A socket's path may have 107 bytes, of which Ray's names and ours take 86.
+LONGEST_BASE = 20
 
 
 class _Host:
@@ -71,8 +79,9 @@ class RayCall:
         except RayTaskError as error:
             # A coordinator's call may itself have failed because of an engine: the innermost cause is the story.
             raise (error.cause if isinstance(error.cause, Exception) else error) from error
-        except RayActorError as error:
-            raise ComponentDied(f"{self.component} died. Last lines of its log:\n{_tail(self._log)}") from error
+        except (RayActorError, OutOfMemoryError) as error:
+            raise ComponentDied(
+                f"{self.component} died: {_cause(error)} Last lines of its log:\n{_tail(self._log)}") from error
 
 
 class RayHandle:
@@ -111,28 +120,52 @@ class RayRuntime:
         logs.mkdir(parents=True, exist_ok=True)
         os.environ.update(ENVIRONMENT)
         # Unix sockets live below it, and their paths must stay short.
-        self._folder = tempfile.mkdtemp(prefix="pbsd-ray-", dir="/tmp")
-        ray.init(
-            address="local", num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="ERROR",
-            object_store_memory=OBJECT_STORE_BYTES, _temp_dir=self._folder)
-        self._actors: list[ray.actor.ActorHandle] = []
+        base = tempfile.gettempdir()
+        self._folder = tempfile.mkdtemp(prefix="pbsd-ray-", dir=base if len(base) <= LONGEST_BASE else "/tmp")
+        self._others = set(psutil.Process().children())
+        try:
+            # Actors find modules where the driver does. No CPUs: Ray would start a spare worker for each.
+            ray.init(
+                address="local", num_cpus=0, include_dashboard=False, log_to_driver=False, logging_level="ERROR",
+                object_store_memory=OBJECT_STORE_BYTES, _temp_dir=self._folder,
+                runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}})
+        except BaseException:
+            self.close()
+            raise
+        # Ray prints a worker's death to the driver's terminal whatever log_to_driver says; ComponentDied says it too.
+        ray._private.worker._worker_logs_enabled = False
 
     def spawn(self, name: str, factory: Callable[..., Any], /, *args: Any, threads: int = 1, **kwargs: Any) -> RayHandle:
         log = str(self._logs / f"{name}.log")
         actor = ray.remote(_Host).options(
             num_cpus=0, max_restarts=0, max_concurrency=threads).remote(log, factory, args, kwargs)
-        self._actors.append(actor)
         return RayHandle(name, log, actor)
 
     def share(self, value: Any) -> Any:
         return ray.put(value)
 
     def close(self) -> None:
-        for actor in self._actors:
-            with suppress(Exception):
-                ray.kill(actor)
+        servers = [child for child in psutil.Process().children() if child not in self._others]
+        processes = servers + [child for server in servers for child in _descendants(server)]
         ray.shutdown()
+        _, alive = psutil.wait_procs(processes, CLOSE_WAIT_S)
+        for process in alive:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(alive, CLOSE_WAIT_S)
         shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _descendants(process: psutil.Process) -> list[psutil.Process]:
+    with suppress(psutil.NoSuchProcess):
+        return process.children(recursive=True)
+    return []
+
+
+def _cause(error: Exception) -> str:
+    """The sentence of Ray's message that is about this death."""
+    found = re.search(r"Worker exit detail: (.*?)(?: Some common causes|$)", str(error), re.DOTALL)
+    return found[1].strip() if found else str(error).strip()
 
 
 def _tail(log: str, lines: int = LOG_LINES) -> str:

@@ -12,11 +12,12 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from megatron_pbsd.config import RolloutConfig
-from megatron_pbsd.controller.runtime import Call, DeadlineExpired, Handle
+from megatron_pbsd.controller.runtime import Call, DeadlineExpired, Handle, gather
 from megatron_pbsd.environments import Environment
 from megatron_pbsd.rollout.engines.protocol import Chunk, ChunkResult, Engine
 from megatron_pbsd.rollout.episode import Episode, RolloutRequest
-from megatron_pbsd.rollout.scheduler import LeastLoaded, Scheduler
+from megatron_pbsd.rollout.policies.least_loaded import LeastLoaded
+from megatron_pbsd.rollout.scheduler import Scheduler
 from megatron_pbsd.trajectory import Group
 
 
@@ -86,7 +87,9 @@ class _Session:
 
     def __init__(self, engines: dict[str, Handle], config: RolloutConfig):
         self._engines, self._config = engines, config
-        self._scheduler = Scheduler(list(engines), config.slots, LeastLoaded())
+        self._scheduler = Scheduler(LeastLoaded())
+        for name in engines:
+            self._scheduler.engine_joined(name, config.slots)
         self._over: dict[str, list[str]] = {name: [] for name in engines}
         self._calls: dict[str, Call] = {}
         self._since: dict[str, float] = {}
@@ -95,46 +98,63 @@ class _Session:
     def run(self, episodes: Sequence[Episode]) -> Iterator[Episode]:
         """Yields episodes as they finish."""
         by_id = {episode.trajectory_id: episode for episode in episodes}
-        for request_id in by_id:
-            self._scheduler.submit(request_id)
+        for episode in episodes:
+            self._submit(episode)
         finished = 0
         while finished < len(by_id):
             self._pump(by_id)
-            for engine, result in self._arrived():
+            for result in self._arrived():
                 episode = by_id[result.request_id]
                 episode.advance(result)
-                self._scheduler.finish(result.request_id, engine)
+                self._scheduler.chunk_finished(result.request_id)
                 if not episode.finished:
-                    self._scheduler.submit(result.request_id)
+                    self._submit(episode)
                     continue
-                self._over[self._scheduler.forget(result.request_id)].append(result.request_id)
+                self._over[self._scheduler.request_finished(result.request_id)].append(result.request_id)
                 finished += 1
                 yield episode
+        handles = list(self._engines.values())
+        gather("rollout.release", handles, [h.call("release", self._over[h.name]) for h in handles],
+               self._config.deadline_s)
+
+    def _submit(self, episode: Episode) -> None:
+        self._scheduler.submitted(episode.trajectory_id, episode.request.group_id, len(episode.context))
 
     def _pump(self, by_id: dict[str, Episode]) -> None:
         """Send every engine that is not inside a call what it should work on next."""
         available = set(self._engines) - set(self._calls)
-        starting = self._scheduler.dispatch(available)
-        for engine in available:
-            if self._scheduler.running(engine):
-                self._send(engine, [by_id[request_id].next_chunk() for request_id in starting.get(engine, [])])
+        starting: dict[str, list[Chunk]] = {engine: [] for engine in available}
+        for assignment in self._scheduler.decisions(available):
+            starting[assignment.engine].append(by_id[assignment.request_id].next_chunk())
+            if assignment.leaves is not None:
+                self._over[assignment.leaves].append(assignment.request_id)
+        for engine, chunks in starting.items():
+            if self._scheduler.in_flight(engine):
+                self._send(engine, chunks)
 
     def _send(self, engine: str, chunks: list[Chunk]) -> None:
         over, self._over[engine] = self._over[engine], []
         self._since[engine] = time.perf_counter()
         self._calls[engine] = self._engines[engine].call("pump", chunks, over)
 
-    def _arrived(self) -> list[tuple[str, ChunkResult]]:
+    def _arrived(self) -> list[ChunkResult]:
         calls = {id(call): engine for engine, call in self._calls.items()}
         any_handle = next(iter(self._engines.values()))
-        done, pending = any_handle.wait(list(self._calls.values()), self._config.deadline_s)
+        oldest = min(self._since[engine] for engine in self._calls)
+        remaining = oldest + self._config.deadline_s - time.perf_counter()
+        done, _ = any_handle.wait(list(self._calls.values()), max(0.0, remaining))
         if not done:
-            raise DeadlineExpired(f"phase 'rollout': no finished chunk from {', '.join(c.component for c in pending)} "
-                                  f"within rollout.deadline_s = {self._config.deadline_s:g}")
+            raise self._expired(max(oldest, time.perf_counter() - self._config.deadline_s))
         results = []
         for call in done:
             engine = calls[id(call)]
             del self._calls[engine]
             self.busy_s += time.perf_counter() - self._since[engine]
-            results += [(engine, result) for result in call.result()]
+            results += call.result()
         return results
+
+    def _expired(self, limit: float) -> DeadlineExpired:
+        hung = [engine for engine in self._calls if self._since[engine] <= limit]
+        stacks = "\n".join(f"{engine}:\n{self._engines[engine].stacks()}" for engine in hung)
+        return DeadlineExpired(f"phase 'rollout': no finished chunk from {', '.join(hung)} within rollout.deadline_s = "
+                               f"{self._config.deadline_s:g}\n{stacks}")

@@ -1,77 +1,127 @@
-"""Which engine works on which chunk: a pure state machine. No clock, no I/O.
+"""Which waiting chunk runs on which engine: a pure state machine. Events in, assignments out.
 
-Events in: `submit`, `finish`, `lose`. Decisions out: `dispatch`. What orders waiting requests and picks engines is a
-policy object.
+It has no clock and does no I/O; whoever drives it, a live coordinator or a simulation, gets the same decisions from the
+same events.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Protocol
 
 
-class Policy(Protocol):
-    def choose(self, request_id: str, home: str | None, in_flight: Mapping[str, int], slots: int) -> str | None:
-        """The engine for a waiting request, or None to let it wait.
+class SchedulerError(ValueError):
+    """An event does not fit the state; the message names the request or the engine."""
 
-        home: the engine that holds the request's KV, if any. in_flight: chunks per engine.
+
+@dataclass(frozen=True)
+class Waiting:
+    """A chunk to be placed. `holder`: the engine that ran the request's last chunk and may hold its KV."""
+
+    request_id: str
+    group_id: str
+    context_tokens: int
+    holder: str | None
+
+
+@dataclass
+class EngineLoad:
+    name: str
+    slots: int
+    in_flight: int = 0
+
+    @property
+    def free(self) -> int:
+        return self.slots - self.in_flight
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """`leaves`: the engine that held the request's KV, when it moves to another one."""
+
+    request_id: str
+    engine: str
+    leaves: str | None = None
+
+
+class Policy(Protocol):
+    def choose(self, waiting: Mapping[str, Waiting], engines: Mapping[str, EngineLoad]) -> tuple[str, str] | None:
+        """The next (request id, engine name), or None to leave all that wait waiting.
+
+        Called again after each assignment. `waiting` is in order of arrival; the engine must have a free slot.
         """
 
 
-class LeastLoaded:
-    """The engine with the request's KV unless it is busier than the least loaded by more than `spread`."""
-
-    def __init__(self, spread: int = 32):
-        self.spread = spread
-
-    def choose(self, request_id: str, home: str | None, in_flight: Mapping[str, int], slots: int) -> str | None:
-        least = min(in_flight, key=in_flight.__getitem__)
-        if home in in_flight and in_flight[home] < slots and in_flight[home] - in_flight[least] <= self.spread:
-            return home
-        return least if in_flight[least] < slots else None
-
-
 class Scheduler:
-    """First come, first served, onto the engines that the policy picks."""
+    """A request is waiting, in flight on one engine, or between chunks; `request_finished` forgets it."""
 
-    def __init__(self, engines: Sequence[str], slots: int, policy: Policy):
-        self._slots, self._policy = slots, policy
-        self._running: dict[str, set[str]] = {engine: set() for engine in engines}
-        self._waiting: OrderedDict[str, None] = OrderedDict()
-        self._home: dict[str, str] = {}
+    def __init__(self, policy: Policy):
+        self._policy = policy
+        self._engines: dict[str, EngineLoad] = {}
+        self._waiting: dict[str, Waiting] = {}
+        self._in_flight: dict[str, tuple[Waiting, str]] = {}
+        self._holders: dict[str, str] = {}
 
     @property
-    def idle(self) -> bool:
-        return not self._waiting and not any(self._running.values())
+    def waiting(self) -> Iterable[str]:
+        return self._waiting.keys()
 
-    def running(self, engine: str) -> int:
-        return len(self._running[engine])
+    def in_flight(self, engine: str) -> list[str]:
+        return [request_id for request_id, (_, at) in self._in_flight.items() if at == engine]
 
-    def submit(self, request_id: str) -> None:
-        """The request's next chunk is ready to run."""
-        if request_id in self._waiting or any(request_id in running for running in self._running.values()):
-            raise ValueError(f"request {request_id!r} is already waiting or running")
-        self._waiting[request_id] = None
+    def engine_joined(self, name: str, slots: int) -> None:
+        if name in self._engines:
+            raise SchedulerError(f"engine {name!r} has already joined")
+        self._engines[name] = EngineLoad(name, slots)
 
-    def finish(self, request_id: str, engine: str) -> None:
-        """A chunk came back; the request's KV stays where it ran."""
-        self._running[engine].remove(request_id)
-        self._home[request_id] = engine
+    def engine_lost(self, name: str) -> list[str]:
+        """Its chunks wait again, before all others. Returns their request ids."""
+        if name not in self._engines:
+            raise SchedulerError(f"engine {name!r} is lost but never joined; known are {sorted(self._engines)}")
+        del self._engines[name]
+        self._holders = {request: holder for request, holder in self._holders.items() if holder != name}
+        lost = self.in_flight(name)
+        again = {r: self._in_flight.pop(r)[0] for r in lost}
+        self._waiting = {
+            w.request_id: Waiting(w.request_id, w.group_id, w.context_tokens, self._holders.get(w.request_id))
+            for w in (*again.values(), *self._waiting.values())}
+        return lost
 
-    def forget(self, request_id: str) -> str | None:
-        """The request is over. Returns the engine that holds its KV."""
-        return self._home.pop(request_id, None)
+    def submitted(self, request_id: str, group_id: str, context_tokens: int) -> None:
+        """A chunk of the request is to be run."""
+        if request_id in self._waiting or request_id in self._in_flight:
+            raise SchedulerError(f"request {request_id!r} has a chunk that is not finished")
+        self._waiting[request_id] = Waiting(request_id, group_id, context_tokens, self._holders.get(request_id))
 
-    def dispatch(self, available: Collection[str]) -> dict[str, list[str]]:
-        """Start what can start on the `available` engines: engine -> requests."""
-        starting: dict[str, list[str]] = {engine: [] for engine in self._running if engine in available}
-        for request_id in list(self._waiting) if starting else ():
-            in_flight = {engine: len(self._running[engine]) for engine in starting}
-            engine = self._policy.choose(request_id, self._home.get(request_id), in_flight, self._slots)
-            if engine is None:
-                break
-            del self._waiting[request_id]
-            self._running[engine].add(request_id)
-            starting[engine].append(request_id)
-        return {engine: requests for engine, requests in starting.items() if requests}
+    def chunk_finished(self, request_id: str) -> None:
+        if request_id not in self._in_flight:
+            raise SchedulerError(f"request {request_id!r} finished a chunk but is not in flight")
+        _, engine = self._in_flight.pop(request_id)
+        self._engines[engine].in_flight -= 1
+        self._holders[request_id] = engine
+
+    def request_finished(self, request_id: str) -> str | None:
+        """Forget a request between chunks. Returns the engine that holds its KV."""
+        if request_id in self._waiting or request_id in self._in_flight:
+            raise SchedulerError(f"request {request_id!r} is over but has a chunk that is not finished")
+        return self._holders.pop(request_id, None)
+
+    def decisions(self, available: Collection[str] | None = None) -> list[Assignment]:
+        """Place waiting chunks until the policy has nothing to place. The chunks are in flight from now on.
+
+        available: the engines that can take chunks now; None means all.
+        """
+        made = []
+        engines = {name: load for name, load in self._engines.items() if available is None or name in available}
+        while self._waiting and (choice := self._policy.choose(self._waiting, engines)) is not None:
+            request_id, engine = choice
+            load = engines[engine]
+            if load.free <= 0:
+                raise SchedulerError(f"the policy chose engine {engine!r}, whose {load.slots} slots are all in use")
+            chunk = self._waiting.pop(request_id)
+            load.in_flight += 1
+            self._in_flight[request_id] = (chunk, engine)
+            moves = chunk.holder is not None and chunk.holder != engine
+            made.append(Assignment(request_id, engine, leaves=chunk.holder if moves else None))
+        return made
