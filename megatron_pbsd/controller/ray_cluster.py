@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -23,6 +24,7 @@ import psutil
 import ray
 from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
 
+from megatron_pbsd.controller import guard
 from megatron_pbsd.controller.runtime import ComponentDied
 
 # Of every process of the cluster; the raylet hands its own environment down.
@@ -34,8 +36,6 @@ ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_enable_metrics_collection": "0",
     "RAY_prestart_worker_first_driver": "0",
-    # After a driver that was killed, Ray's agents look this long for their dead server before they end.
-    "RAY_gcs_rpc_server_reconnect_timeout_s": "10",
 }
 OBJECT_STORE_BYTES = 256 << 20
 LOG_LINES = 12
@@ -122,18 +122,24 @@ class RayRuntime:
         # Unix sockets live below it, and their paths must stay short.
         base = tempfile.gettempdir()
         self._folder = tempfile.mkdtemp(prefix="pbsd-ray-", dir=base if len(base) <= LONGEST_BASE else "/tmp")
-        self._others = set(psutil.Process().children())
+        self._guard: subprocess.Popen | None = None
+        others = set(psutil.Process().children())
         try:
             # Actors find modules where the driver does. No CPUs: Ray would start a spare worker for each.
             ray.init(
                 address="local", num_cpus=0, include_dashboard=False, log_to_driver=False, logging_level="ERROR",
                 object_store_memory=OBJECT_STORE_BYTES, _temp_dir=self._folder,
                 runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}})
+            # Ray's servers die with the driver, but after a SIGKILL its agents live on for minutes.
+            self._guard = guarded(_new_processes(others), self._folder)
         except BaseException:
-            self.close()
+            self._close(others)
             raise
+        self._others = others
         # Ray prints a worker's death to the driver's terminal whatever log_to_driver says; ComponentDied says it too.
         ray._private.worker._worker_logs_enabled = False
+        # Ray's own handler, in native code, ends the driver on the spot: nothing would be closed or written.
+        signal.signal(signal.SIGTERM, _exit)
 
     def spawn(self, name: str, factory: Callable[..., Any], /, *args: Any, threads: int = 1, **kwargs: Any) -> RayHandle:
         log = str(self._logs / f"{name}.log")
@@ -145,8 +151,13 @@ class RayRuntime:
         return ray.put(value)
 
     def close(self) -> None:
-        servers = [child for child in psutil.Process().children() if child not in self._others]
-        processes = servers + [child for server in servers for child in _descendants(server)]
+        self._close(self._others)
+
+    def _close(self, others: set[psutil.Process]) -> None:
+        if self._guard is not None:
+            self._guard.kill()
+            self._guard.communicate()
+        processes = _new_processes(others)
         ray.shutdown()
         _, alive = psutil.wait_procs(processes, CLOSE_WAIT_S)
         for process in alive:
@@ -156,10 +167,25 @@ class RayRuntime:
         shutil.rmtree(self._folder, ignore_errors=True)
 
 
-def _descendants(process: psutil.Process) -> list[psutil.Process]:
-    with suppress(psutil.NoSuchProcess):
-        return process.children(recursive=True)
-    return []
+def _exit(number: int, frame: object) -> None:
+    sys.exit(128 + number)
+
+
+def guarded(processes: Sequence[psutil.Process], folder: str) -> subprocess.Popen:
+    """A guard that ends `processes` and removes `folder` when this process is gone."""
+    command = [sys.executable, "-S", guard.__file__, folder, *(guard.identity(process.pid) for process in processes)]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+
+
+def _new_processes(others: set[psutil.Process]) -> list[psutil.Process]:
+    """Children that are not among `others`, and all below them."""
+    found = []
+    for child in psutil.Process().children():
+        if child not in others:
+            found.append(child)
+            with suppress(psutil.NoSuchProcess):
+                found += child.children(recursive=True)
+    return found
 
 
 def _cause(error: Exception) -> str:
