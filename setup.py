@@ -45,7 +45,8 @@ setup(
             "nvidia-ml-py>=13",
         ],
         "wandb": ["wandb>=0.25,<1"],
-        "dev": ["pytest>=9,<10", "hypothesis>=6.150,<7", "import-linter>=2.5,<3", "ruff>=0.14,<1"],
+        "dev": ["pytest>=9,<10", "hypothesis>=6.150,<7", "import-linter>=2.5,<3", "ruff>=0.14,<1",
+                "wandb>=0.25,<1"],
     },
     entry_points={"console_scripts": ["pbsd = launcher.cli:main"]},
 )

@@ -1,13 +1,14 @@
 """`pbsd`: train, look at configurations, trajectories and reports, run benches.
 
 Only what a command needs is imported, so that `pbsd config check` answers at once. Exit codes: 0 done, 1 the run
-failed, 2 what was asked for is wrong, 130 interrupted.
+failed, 2 what was asked for is wrong, 130 interrupted, 143 terminated.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -15,7 +16,7 @@ from collections.abc import Callable, Sequence
 from launcher.schema import did_you_mean
 from megatron_pbsd.errors import PbsdError, UsageError
 
-DONE, FAILED, WRONG, INTERRUPTED = 0, 1, 2, 130
+DONE, FAILED, WRONG, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -100,7 +101,8 @@ class _Parser(argparse.ArgumentParser):
 
 def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     """(command line, overrides). Of commands that read a configuration, every unknown `--flag` is an override."""
-    if not (argv and (argv[0] in ("train", "evaluate", "bench") or list(argv[:2]) in (["config", "check"], ["config", "show"]))):
+    command = " ".join(argv[:2] if argv[:1] == ["config"] else argv[:1])
+    if command not in ("train", "evaluate", "bench", "config check", "config show"):
         return list(argv), []
     rest, overrides, remaining = [], [], list(argv)
     while remaining:
@@ -116,13 +118,14 @@ def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def _train(arguments: argparse.Namespace) -> int:
     from launcher.overrides import load_config
-    from megatron_pbsd.observability.records import METRICS
+    from megatron_pbsd.observability.records import read_metrics
 
     config = load_config(arguments.config, arguments.overrides)
-    if (config.folder / METRICS).exists() and not arguments.resume:
-        raise UsageError(f"{config.folder} holds a run already: continue it with --resume, or choose another --name")
-    config.folder.mkdir(parents=True, exist_ok=True)
-    log = config.folder / "error.log"
+    if not arguments.resume and read_metrics(config.folder):
+        raise UsageError(f"{config.folder} holds a run already: continue it with --resume, choose another --name, or "
+                         "remove the folder")
+    # What a scheduler sends before it kills: unwind as for Ctrl-C, so that no process stays behind.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
     try:
         from megatron_pbsd.train import main as train
 
@@ -132,6 +135,8 @@ def _train(arguments: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         return _stop(INTERRUPTED, f"interrupted; continue with: pbsd train {arguments.config} --resume")
     except Exception as error:
+        log = config.folder / "error.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
         log.write_text(traceback.format_exc(), encoding="utf-8")
         return _stop(FAILED, f"{_failure(error)}\n      (traceback: {log})")
     return DONE

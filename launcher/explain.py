@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_origin
 
 from pydantic_core import ErrorDetails
 
@@ -13,24 +14,24 @@ from launcher.schema import describe, did_you_mean, fields_at, known_keys, model
 from launcher.sources import KeyPath, Problem, Settings
 
 
-def keys_of(loc: Sequence[str | int]) -> KeyPath:
-    """pydantic's location → key path: without the tags of unions and the indices of lists."""
+def locate(loc: Sequence[str | int]) -> tuple[KeyPath, str | int | None]:
+    """pydantic's location → (key path, index or key inside that list or mapping). The tags of unions are left out."""
     path: KeyPath = ()
     for part in loc:
-        if isinstance(part, int):
-            break
         fields = fields_at(path) if path else []
+        if isinstance(part, int) or any(get_origin(field.annotation) is dict for field in fields):
+            return path, part
         tags = [tag_of(model, f.discriminator) for f in fields if f.discriminator for model in models_of(f.annotation)]
         if part not in tags:
             path = (*path, part)
-    return path
+    return path, None
 
 
 def explain(detail: ErrorDetails, settings: Settings) -> list[Problem]:
-    path = keys_of(detail["loc"])
+    path, inside = locate(detail["loc"])
     if detail["type"] == "value_error" and not path:
         return [conflict(message, settings) for message in str(detail["ctx"]["error"]).splitlines()]
-    dotted, source, given = ".".join(path), settings.source(path), detail["input"]
+    dotted, source, given = ".".join(path), settings.source((*path, str(inside))), detail["input"]
     setting = f"{dotted} = {shown(given)}"
     match detail["type"]:
         case "extra_forbidden":
@@ -48,8 +49,8 @@ def explain(detail: ErrorDetails, settings: Settings) -> list[Problem]:
         case "value_error":
             setting, message = dotted, str(detail["ctx"]["error"])
         case _:
-            position = next((f" (element {part + 1})" for part in detail["loc"] if isinstance(part, int)), "")
-            message = f"expected {_expected(path)}{position}{_nearest(detail, path)}"
+            place = f" (element {inside + 1})" if isinstance(inside, int) else f" (key {inside!r})" if inside else ""
+            message = f"expected {_expected(path)}{place}{_nearest(detail)}"
     return [Problem(dotted, setting, source, message)]
 
 
@@ -64,13 +65,12 @@ def _expected(path: KeyPath) -> str:
     return describe(field.annotation, field.metadata) + meaning
 
 
-def _nearest(detail: ErrorDetails, path: KeyPath) -> str:
+def _nearest(detail: ErrorDetails) -> str:
     """The nearest valid value, where there is one."""
     bounds = detail.get("ctx", {})
     given = detail["input"]
     if detail["type"] == "literal_error":
-        choices = [str(c) for field in fields_at(path) for c in field.annotation.__args__]
-        return did_you_mean(str(given), choices)
+        return did_you_mean(str(given), re.findall("'([^']*)'", bounds["expected"]))
     for bound in ("ge", "le"):
         if bound in bounds:
             return f"; the nearest valid value is {bounds[bound]:g}"

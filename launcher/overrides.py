@@ -15,7 +15,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from launcher.explain import conflict, explain, keys_of, shown
+from launcher.explain import conflict, explain, locate, shown
 from launcher.schema import did_you_mean
 from launcher.sources import ConfigError, KeyPath, Problem, Settings, apply_overrides, read_yaml
 from megatron_pbsd.config import ModelConfig, ParallelConfig, RunConfig
@@ -37,7 +37,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), check_model: bo
     except ValidationError as error:
         details = error.errors(include_url=False, include_context=True)
         problems += [problem for detail in details for problem in explain(detail, settings)]
-        bad += [keys_of(detail["loc"]) for detail in details if detail["loc"]]
+        bad += [locate(detail["loc"])[0] for detail in details if detail["loc"]]
         if any(detail["loc"] for detail in details):
             problems += _conflicts_despite(bad, settings)
     sound = config or _Lenient.salvage(settings.values, bad)
@@ -76,7 +76,8 @@ class _Lenient(RunConfig):
             try:
                 return cls.model_validate(values)
             except ValidationError as error:  # what was removed is required: remove what it is required in
-                bad = [keys_of(detail["loc"])[:-1] or keys_of(detail["loc"]) for detail in error.errors()]
+                paths = [locate(detail["loc"])[0] for detail in error.errors()]
+                bad = [path[:-1] or path for path in paths]
 
 
 def _remove(values: Any, path: KeyPath) -> None:
@@ -120,9 +121,10 @@ def _model_problems(model: ModelConfig, parallel: ParallelConfig | None, setting
         problems += problem("it has no model.safetensors; model.initial_weights = 'random' starts without")
     if parallel is not None:
         from megatron_pbsd.models import layout_problems
+        from megatron_pbsd.models.errors import ModelError
 
         try:
             problems += [conflict(message, settings) for message in layout_problems(hf_config, parallel)]
-        except ValueError as error:  # a model that the families do not know, or not like this
+        except ModelError as error:  # no family knows this model, or not with these fields
             problems += problem(str(error))
     return problems

@@ -63,6 +63,8 @@ def describe(annotation: Any, metadata: Sequence[Any] = ()) -> str:
         return " or ".join(describe(part) for part in arguments)
     if origin is Literal:
         return ("one of " if len(arguments) > 1 else "") + ", ".join(repr(choice) for choice in arguments)
+    if origin is dict:
+        return f"a mapping whose keys are {describe(arguments[0])} and whose values are {describe(arguments[1])}"
     if origin is tuple:
         return f"a list, each element {describe(arguments[0])}"
     names = {int: "a whole number", float: "a finite number", bool: "true or false", str: "text", NoneType: "null"}

@@ -16,9 +16,8 @@ def derived_values(config: RunConfig) -> list[tuple[str, int, str]]:
     layout, rollout, updates = config.learner.parallel, config.rollout, config.learner.updates_per_step
     values = [("data-parallel size", layout.dp, "world_size / (tp * pp)")]
     if config.algorithm.name == "sft":
-        return [*values, ("sequences per optimizer step", config.algorithm.sequences_per_step // updates,
-                          "algorithm.sequences_per_step / updates_per_step"),
-                ("optimizer steps in the run", config.steps * updates, "steps * updates_per_step")]
+        sequences = config.algorithm.sequences_per_step
+        return [*values, ("demonstrations in the run", config.steps * sequences, "steps * sequences_per_step")]
     return [*values,
             ("trajectories per step", rollout.prompts_per_step * rollout.group_size, "prompts_per_step * group_size"),
             ("groups per optimizer step", rollout.prompts_per_step // updates,

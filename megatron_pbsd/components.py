@@ -6,24 +6,21 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from megatron_pbsd import losses, summary
 from megatron_pbsd.checkpointing.hf_export import export_hf
 from megatron_pbsd.checkpointing.store import CheckpointStore, read_manifest
 from megatron_pbsd.config import RunConfig
-from megatron_pbsd.controller import open_runtime
-from megatron_pbsd.controller.groups import EngineGroup, LearnerGroup
-from megatron_pbsd.controller.rendezvous import rendezvous_address
-from megatron_pbsd.controller.runtime import Handle, Runtime, gather
+from megatron_pbsd.controller.runtime import Client, Handle, Runtime, open_runtime
 from megatron_pbsd.environments import Environment, build_environment
-from megatron_pbsd.observability.records import TRAJECTORIES
+from megatron_pbsd.learner.group import LearnerGroup
 from megatron_pbsd.observability.recorder import Recorder
+from megatron_pbsd.observability.records import TRAJECTORIES
 from megatron_pbsd.prompts import evaluation_requests
 from megatron_pbsd.resharding.publication import Publisher
-from megatron_pbsd.rollout.coordinator import Coordinator, EngineHost
-from megatron_pbsd.rollout.episode import RolloutRequest
+from megatron_pbsd.rollout.coordinator import Coordinator, RolloutRequest
+from megatron_pbsd.rollout.engine_group import EngineGroup
 from megatron_pbsd.trajectory import Group
 
 PROBE_SEQUENCES = 4
@@ -33,22 +30,35 @@ POLL_S = 0.5
 class Rollout:
     """The coordinator as the driver sees it: blocks until the groups are there, and shows progress meanwhile."""
 
-    def __init__(self, coordinator: Handle, config: RunConfig, recorder: Recorder):
-        self._coordinator, self._config, self._recorder = coordinator, config, recorder
+    def __init__(self, runtime: Runtime, coordinator: Handle, config: RunConfig, recorder: Recorder):
+        self._runtime, self._coordinator, self._config, self._recorder = runtime, coordinator, config, recorder
 
-    def collect(self, requests: Sequence[RolloutRequest], step: int, *, prefix: str | None = None,
-                temperature: float | None = None) -> tuple[list[Group], dict[str, float]]:
-        """Unscored groups in the order of `requests`, and the rollout's metrics."""
-        temperature = self._config.rollout.temperature if temperature is None else temperature
-        sink = self._recorder.folder / TRAJECTORIES / f"{prefix or 'step'}_{step:06d}.unscored.jsonl"
-        call = self._coordinator.call("collect", requests, prefix or str(step), self._config.seed, temperature, sink)
-        # The coordinator has its own deadline per engine call; here only its own death can be news.
-        while not self._coordinator.wait([call], POLL_S)[0]:
-            self._recorder.rollout_progress(*self._coordinator.call("progress").result())
-        return call.result()
+    def collect(self, requests: Sequence[RolloutRequest], step: int, *, temperature: float | None = None,
+                kind: str = "step") -> tuple[list[Group], dict[str, float]]:
+        """Unscored groups in the order of `requests`, and the rollout's metrics.
+
+        Finished trajectories are in `trajectories/<kind>_<step>.unscored.jsonl` until the next rollout begins.
+        """
+        self.discard_unscored()
+        sink = self._recorder.folder / TRAJECTORIES / f"{kind}_{step:06d}.unscored.jsonl"
+        call = self._coordinator.call(
+            "collect", requests, step=step, seed=self._config.seed, sink=sink.resolve(),
+            temperature=self._config.rollout.temperature if temperature is None else temperature)
+        # The coordinator has a deadline for each engine call; here only its own death can be news.
+        while not self._runtime.wait([call], timeout=POLL_S)[0]:
+            progress = self._runtime.result(self._coordinator.observe("progress"))
+            self._recorder.rollout_progress(progress.finished, progress.total)
+        groups = self._runtime.result(call)
+        statistics = self._runtime.result(self._coordinator.call("statistics"))
+        return groups, {
+            "rollout/tokens": float(statistics.generated_tokens),
+            "rollout/tokens_per_s": statistics.tokens_per_second,
+            "rollout/engine_idle": statistics.engine_idle_share,
+            "rollout/cached_tokens": float(statistics.cached_tokens),
+        }
 
     def discard_unscored(self) -> None:
-        """What the sinks held has since been written with its scores."""
+        """What the last rollout wrote has since been recorded with its scores."""
         for path in (self._recorder.folder / TRAJECTORIES).glob("*.unscored.jsonl"):
             path.unlink()
 
@@ -80,7 +90,7 @@ class Components:
         with self.recorder.phase("evaluation"):
             requests = evaluation_requests(self.environment.tasks(config.evaluation.split), config)
             groups, _ = self.rollout.collect(
-                requests, step, prefix="evaluation", temperature=config.evaluation.temperature)
+                requests, step, temperature=config.evaluation.temperature, kind="evaluation")
             return summary.of_evaluation(self.reward(groups))
 
     def save(self, step: int) -> None:
@@ -115,18 +125,17 @@ def build(config: RunConfig, resume: bool) -> Iterator[Components]:
     done = read_manifest(newest).step if newest else 0
     with ExitStack() as stack:
         recorder = stack.enter_context(Recorder(folder, config.observability, config, done + 1 if done else 0))
-        runtime = open_runtime(config.runtime, folder / "logs")
-        stack.callback(runtime.close)
-        environment = build_environment(config.environment, config.model.path)
-        learner = start_learner(runtime, config)
-        engines = start_engines(runtime, config)
+        runtime = stack.enter_context(open_runtime(config.runtime, config.folder / "logs", config.ray_port))
+        learner, engines = start_learner(runtime, config), start_engines(runtime, config)
         coordinator = start_coordinator(runtime, config, engines)
+        environment = build_environment(config.environment, config.model.path)
+        learner.ready()
+        engines.ready()
         if newest is not None:
-            learner.load(str(newest / "learner"))
-        publisher = Publisher(learner, EngineGroup(engines, config.rollout.deadline_s),
-                              _probe(environment, config), config.rollout.probe_tolerance)
+            learner.load(str((newest / "learner").resolve()))
+        publisher = Publisher(learner, engines, _probe(environment, config), config.rollout.probe_tolerance)
         stack.callback(publisher.close)
-        rollout = Rollout(coordinator, config, recorder)
+        rollout = Rollout(runtime, coordinator, config, recorder)
         yield Components(config, recorder, environment, learner, publisher, rollout, checkpoints, done)
         rollout.discard_unscored()
 
@@ -135,34 +144,30 @@ def start_learner(runtime: Runtime, config: RunConfig) -> LearnerGroup:
     from megatron_pbsd.learner.learner import Learner
 
     algorithm = config.algorithm
-    loss = losses.build(algorithm if algorithm.name == "sft" else algorithm.loss)
-    updates = 1 if algorithm.name == "sft" else config.learner.updates_per_step
-    address = rendezvous_address(config.learner.port)
-    ranks = range(config.learner.parallel.world_size)
-    handles = [
-        runtime.spawn(f"learner-{rank}", Learner, rank, address, config.model, config.learner, loss, config.seed,
-                      config.steps * updates)
-        for rank in ranks
-    ]
-    return LearnerGroup(handles, config.learner.deadline_s, runtime)
+    supervised = algorithm.name == "sft"
+    return LearnerGroup.spawn(
+        runtime, Learner, world_size=config.learner.parallel.world_size, deadline_s=config.learner.deadline_s,
+        model=config.model, config=config.learner, loss=losses.build(algorithm if supervised else algorithm.loss),
+        seed=config.seed, total_steps=config.steps * (1 if supervised else config.learner.updates_per_step))
 
 
-def start_engines(runtime: Runtime, config: RunConfig) -> list[Handle]:
+def start_engines(runtime: Runtime, config: RunConfig) -> EngineGroup:
     from megatron_pbsd.rollout.engines.embedded.engine import EmbeddedEngine
 
-    names = [f"engine-{i}" for i in range(config.rollout.engines)]
-    return [
-        runtime.spawn(name, EngineHost, partial(
-            EmbeddedEngine, config.model.path, name=name, slots=config.rollout.slots,
-            max_context=config.rollout.max_context, load_weights=config.model.initial_weights == "load"))
-        for name in names
-    ]
+    return EngineGroup.spawn(
+        runtime, EmbeddedEngine, count=config.rollout.engines, deadline_s=config.rollout.deadline_s,
+        model_path=config.model.path, slots=config.rollout.slots, max_context=config.rollout.max_context,
+        load_weights=config.model.initial_weights == "load")
 
 
-def start_coordinator(runtime: Runtime, config: RunConfig, engines: Sequence[Handle]) -> Handle:
-    # Two threads: one collects, the other says how far it is.
-    environment = partial(build_environment, config.environment, config.model.path)
-    return runtime.spawn("coordinator", Coordinator, engines, environment, config.rollout, threads=2)
+def start_coordinator(runtime: Runtime, config: RunConfig, engines: EngineGroup) -> Handle:
+    return runtime.spawn("coordinator", build_coordinator, engines.handles, config, runtime.client)
+
+
+def build_coordinator(engines: Sequence[Handle], config: RunConfig, client: Client) -> Coordinator:
+    """In the coordinator's own process, where the environment's index will be used."""
+    environment = build_environment(config.environment, config.model.path)
+    return Coordinator(engines, environment, config.rollout, client)
 
 
 def _probe(environment: Environment, config: RunConfig) -> list[tuple[int, ...]]:

@@ -83,8 +83,6 @@ class LearnerConfig(Section):
     """Upper bound of padded tokens in one micro-batch; sequences of like length share one."""
     updates_per_step: PositiveInt = 1
     """Optimizer steps per rollout batch: groups are dealt to this many mini-batches."""
-    port: Annotated[int, Field(ge=1024, le=65535)] | None = None
-    """Where rank 0 listens for the other ranks; None takes a free port."""
     deadline_s: Annotated[float, Field(gt=0)] = 300.0
     """After this long without an answer a learner phase is declared hung."""
 
@@ -240,6 +238,8 @@ class RunConfig(Section):
     """Steps of the whole run, resumed parts included."""
     runtime: Literal["ray", "inline"] = "ray"
     """`inline` runs every component in one process, for debugging; needs one learner rank."""
+    ray_port: Annotated[int, Field(ge=1024, le=65535)] | None = None
+    """Port of the local Ray head; None takes a free one."""
     model: ModelConfig
     """The policy."""
     algorithm: Annotated[GRPOConfig | PBSDConfig | SFTConfig, Field(discriminator="name")] = PBSDConfig()

@@ -8,7 +8,7 @@ from pathlib import Path
 from megatron_pbsd import summary
 from megatron_pbsd.components import score, start_coordinator, start_engines
 from megatron_pbsd.config import RunConfig
-from megatron_pbsd.controller import open_runtime
+from megatron_pbsd.controller.runtime import open_runtime
 from megatron_pbsd.environments import build_environment
 from megatron_pbsd.prompts import evaluation_requests
 
@@ -18,12 +18,9 @@ def evaluate(config: RunConfig) -> dict[str, float]:
     environment = build_environment(config.environment, config.model.path)
     tasks = environment.tasks(config.evaluation.split)
     with tempfile.TemporaryDirectory(prefix="pbsd-evaluate-") as folder:
-        runtime = open_runtime(config.runtime, Path(folder) / "logs")
-        try:
+        with open_runtime(config.runtime, Path(folder), config.ray_port) as runtime:
             coordinator = start_coordinator(runtime, config, start_engines(runtime, config))
-            groups, _ = coordinator.call(
-                "collect", evaluation_requests(tasks, config), "evaluation", config.seed,
-                config.evaluation.temperature, Path(folder) / "unscored.jsonl").result()
-        finally:
-            runtime.close()
+            groups = runtime.result(coordinator.call(
+                "collect", evaluation_requests(tasks, config), step=0, seed=config.seed,
+                temperature=config.evaluation.temperature))
     return summary.of_evaluation(score(environment, groups, {task.task_id: task for task in tasks}))

@@ -24,7 +24,7 @@ def requests(environment: Environment, tasks: Sequence[Task], config: RunConfig,
     chosen = tasks_between(tasks, config.seed, (step - 1) * count, step * count)
     answers = disclosed_answers(environment, chosen, config)
     return [
-        RolloutRequest(group_id=f"{step}/{i}", task=task, samples=config.rollout.group_size, privileged_answer=answer)
+        RolloutRequest(group_id=str(i), task=task, samples=config.rollout.group_size, privileged_answer=answer)
         for i, (task, answer) in enumerate(zip(chosen, answers, strict=True))
     ]
 

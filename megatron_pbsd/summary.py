@@ -26,6 +26,12 @@ def of_rollout(groups: Sequence[Group]) -> dict[str, float]:
     return {key: float(value) for key, value in metrics.items()}
 
 
+def of_updates(updates: Sequence[dict[str, float]]) -> dict[str, float]:
+    """A step's optimizer steps as one: means, but sums of token counts and maxima of maxima."""
+    reduce = {"tokens": np.sum, "loss/ratio_max": np.max, "loss/mismatch_max_abs": np.max}
+    return {key: float(reduce.get(key, np.mean)([update[key] for update in updates])) for key in updates[0]}
+
+
 def of_evaluation(groups: Sequence[Group]) -> dict[str, float]:
     """Mean of every outcome measure over all trajectories."""
     trajectories = trajectories_of(groups)

@@ -42,8 +42,8 @@ def train_with_rewards(run: Components) -> None:
             batch, teacher = credit.score(algorithm, trajectories_of(groups), run.learner.log_probs)
             groups, batch, credit_metrics = credit.assign(algorithm, groups, batch, teacher)
         with recorder.phase("train"):
-            for part in mini_batches(groups, batch, config.learner.updates_per_step):
-                metrics |= run.learner.step(part)
+            parts = mini_batches(groups, batch, config.learner.updates_per_step)
+            metrics |= summary.of_updates([run.learner.step(part) for part in parts])
         recorder.trajectories(step, groups, run.environment.decode)
         finish(run, step, metrics | credit_metrics | summary.of_rollout(groups))
 

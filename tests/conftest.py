@@ -1,14 +1,24 @@
-from contextlib import closing
+from __future__ import annotations
+
+import os
+import sys
 
 import pytest
+from hypothesis import settings
+
+# How long an example takes says more about what else the machine is doing than about the code.
+settings.register_profile("no deadline", deadline=None)
+settings.load_profile("no deadline")
 
 
 @pytest.fixture(scope="session")
 def ray_runtime(tmp_path_factory):
     """One cluster for all tests."""
-    from megatron_pbsd.controller.ray_cluster import RayRuntime
+    from megatron_pbsd.controller.ray_cluster import RayRuntime, variables
 
-    with closing(RayRuntime(tmp_path_factory.mktemp("ray") / "logs")) as runtime:
+    # Components import what tests define.
+    with (variables({"PYTHONPATH": os.pathsep.join(sys.path)}),
+          RayRuntime(tmp_path_factory.mktemp("ray") / "logs") as runtime):
         yield runtime
 
 

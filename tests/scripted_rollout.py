@@ -10,10 +10,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from megatron_pbsd.config import RolloutConfig
 from megatron_pbsd.environments.protocol import Reply, Score, Task
+from megatron_pbsd.rollout.coordinator import RolloutRequest
 from megatron_pbsd.rollout.engines.protocol import Chunk, ChunkResult, EngineError, EngineStatistics
-from megatron_pbsd.rollout.episode import RolloutRequest
 from megatron_pbsd.trajectory import Trajectory, Turn, VersionSpan
 
 VOCABULARY = 50
@@ -30,8 +29,8 @@ def sampled(seed: int, request_id: str, position: int) -> int:
 class ScriptedEngine:
     """One token for every running chunk per round. `crash_after`, `hang_after`: tokens until it does."""
 
-    def __init__(self, name: str, crash_after: int | None = None, hang_after: int | None = None):
-        self.name, self.crash_after, self.hang_after = name, crash_after, hang_after
+    def __init__(self, name: str, crash_after: int | None = None, hang_after: int | None = None, chunk_tokens: int = 99):
+        self.name, self.crash_after, self.hang_after, self.chunk_tokens = name, crash_after, hang_after, chunk_tokens
         self.running: dict[str, tuple[Chunk, list[int]]] = {}
         self.kept: set[str] = set()
         self.generated = self.cached = self.most_running = self.weights = 0
@@ -53,7 +52,7 @@ class ScriptedEngine:
                 self.generated += 1
                 if tokens[-1] in chunk.stop_token_ids:
                     ended.append(self._end(chunk, tokens, "stop"))
-                elif len(tokens) == chunk.max_new_tokens:
+                elif len(tokens) == chunk.max_new_tokens or len(tokens) == self.chunk_tokens:
                     ended.append(self._end(chunk, tokens, "length"))
             if self.crash_after is not None and self.generated >= self.crash_after:
                 print(f"{self.name} runs into its scripted end", flush=True)
@@ -122,10 +121,10 @@ def requests(count: int, samples: int) -> list[RolloutRequest]:
             for i in range(count)]
 
 
-def expected(request: RolloutRequest, name: str, seed: int, limits: RolloutConfig) -> Trajectory:
+def expected(request: RolloutRequest, sample: int, step: int, seed: int, limits) -> Trajectory:
     """The trajectory written out as one loop over turns, without chunks, engines or a scheduler."""
     environment, turns = EchoEnvironment(), []
-    prompt = environment.prompt(request.task)
+    prompt, name = environment.prompt(request.task), f"{step}/{request.group_id}/{sample}"
     context = list(prompt)
     while True:
         tokens: list[int] = []
@@ -136,13 +135,11 @@ def expected(request: RolloutRequest, name: str, seed: int, limits: RolloutConfi
                 break
         stopped = tokens[-1] == STOP
         reply = environment.reply(request.task, turns, tokens)
-        # Only what the context's end cuts is truncated: after a turn of full length the episode goes on.
-        cut = not stopped and len(tokens) < limits.max_turn_tokens
-        over = (reply.done or cut or len(turns) + 1 == limits.max_turns
+        over = (reply.done or len(turns) + 1 == limits.max_turns
                 or len(context) + len(reply.observation) >= limits.max_context)
         turn = Turn(tuple(tokens), (-0.5,) * len(tokens), reply.observation, reply.kind, "stop" if stopped else "length",
                     (VersionSpan(0, 0, len(tokens)),), reply.answer_span)
-        turns.append(replace(turn, kind="truncated") if cut else turn)
+        turns.append(turn if stopped else replace(turn, kind="truncated"))
         if over:
             turns[-1] = replace(turns[-1], observation=())
             return Trajectory(name, request.group_id, request.task.task_id, prompt,

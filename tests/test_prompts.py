@@ -1,8 +1,7 @@
 """The order of the data and the dealing of groups, as properties."""
 
 import numpy as np
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from megatron_pbsd.batch import Batch
 from megatron_pbsd.prompts import mini_batches, tasks_between

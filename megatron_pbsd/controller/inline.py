@@ -1,45 +1,67 @@
-"""`runtime: inline`: every component in this process, every call done at once. For debugging."""
+"""All components in this process; a call runs at once. For debugging: breakpoints and profilers see everything."""
 
 from __future__ import annotations
 
-import sys
-import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 
-class Done:
-    def __init__(self, component: str, value: Any):
-        self.component = component
-        self._value = value
-
-    def result(self) -> Any:
-        return self._value
+@dataclass(frozen=True)
+class InlineFuture:
+    name: str
+    value: Any = None
+    error: Exception | None = None
 
 
+@dataclass(frozen=True)
 class InlineHandle:
-    """Errors of the component leave `call` as they are, with its stack: that is what inline is for."""
+    name: str
+    component: Any
 
-    def __init__(self, name: str, component: Any):
-        self.name = name
-        self._component = component
+    def call(self, method: str, /, *args: Any, **kwargs: Any) -> InlineFuture:
+        try:
+            return InlineFuture(self.name, getattr(self.component, method)(*args, **kwargs))
+        except Exception as error:
+            return InlineFuture(self.name, error=error)
 
-    def call(self, method: str, /, *args: Any, **kwargs: Any) -> Done:
-        return Done(self.name, getattr(self._component, method)(*args, **kwargs))
+    observe = call
 
-    def wait(self, calls: Sequence[Done], timeout_s: float) -> tuple[list[Done], list[Done]]:
-        return list(calls), []
-
-    def stacks(self) -> str:
-        return "".join(traceback.format_stack(sys._getframe()))
+    def ready(self) -> InlineFuture:
+        return InlineFuture(self.name)
 
 
 class InlineRuntime:
-    def spawn(self, name: str, factory: Callable[..., Any], /, *args: Any, threads: int = 1, **kwargs: Any) -> InlineHandle:
+    """See `runtime.Runtime`. `spawn` raises what the constructor raises."""
+
+    @property
+    def client(self) -> InlineRuntime:
+        return self
+
+    def spawn(self, name: str, factory: Callable[..., Any], /, *args: Any, **kwargs: Any) -> InlineHandle:
         return InlineHandle(name, factory(*args, **kwargs))
+
+    def wait(
+        self, futures: Sequence[InlineFuture], count: int = 1, timeout: float | None = None
+    ) -> tuple[list[InlineFuture], list[InlineFuture]]:
+        return list(futures), []
+
+    def result(self, future: InlineFuture) -> Any:
+        if future.error is not None:
+            raise future.error
+        return future.value
+
+    def stacks(self, futures: Sequence[InlineFuture]) -> str:
+        return ""
 
     def share(self, value: Any) -> Any:
         return value
 
     def close(self) -> None:
-        """Components end with the process."""
+        pass
+
+    def __enter__(self) -> InlineRuntime:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()

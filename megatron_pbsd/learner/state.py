@@ -23,6 +23,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron_pbsd.learner.errors import LearnerError
 from megatron_pbsd.platform import Platform
 
+
 class InProcessSave(TorchDistSaveShardedStrategy):
     """Megatron's torch_dist format, written by the calling process.
 

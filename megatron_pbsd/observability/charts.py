@@ -47,7 +47,7 @@ class Frame:
 
 
 def number(value: float) -> str:
-    """Three significant digits, and a true minus sign."""
+    """Three significant digits, a true minus sign, and k, M, G for large numbers."""
     if value < 0:
         return "−" + number(-value)
     if value == 0:
@@ -56,7 +56,10 @@ def number(value: float) -> str:
         digits = max(0, 2 - math.floor(math.log10(value)))
         text = f"{value:,.{digits}f}"
         return text.rstrip("0").rstrip(".") if "." in text else text
-    return f"{value:.2g}"
+    if value < 1:
+        return f"{value:.2g}"
+    power = min(3, int(math.log10(value) // 3))
+    return f"{value / 1000 ** power:.3g}{' kMG'[power]}"
 
 
 def percent(value: float) -> str:
@@ -66,8 +69,10 @@ def percent(value: float) -> str:
 def ticks(low: float, high: float, count: int = 4) -> list[float]:
     """Round values that enclose [low, high], about `count` of them."""
     size = max(abs(low), abs(high))
-    if high - low <= 1e-9 * size:
-        low, high = low - (0.1 * size or 1.0), high + (0.1 * size or 1.0)
+    if size == 0:
+        low, high = 0.0, 1.0
+    elif high - low < 0.04 * size:  # the labels have three digits, which would all be the same
+        low, high = (low + high) / 2 - 0.02 * size, (low + high) / 2 + 0.02 * size
     rough = (high - low) / count
     unit = 10.0 ** math.floor(math.log10(rough))
     step = next(unit * m for m in (1, 2, 2.5, 5, 10) if unit * m >= rough * 0.999)
@@ -180,7 +185,8 @@ def _value_label(frame: Frame, line: Line, index: int, form: Format) -> str:
     if last:
         at, down, anchor = at + 7, down + 4, "start"
     elif index == 0:
-        down, anchor = down + 18, "start"
+        below = down + 18 < frame.height - BOTTOM
+        down, anchor = down + (18 if below else -9), "start"
     else:  # beside the curve: above, and to the left of a rise or to the right of a fall
         down, anchor = down - 9, "end" if frame.py(line.points[index + 1][1]) <= down else "start"
     down += 26 if down < TOP - 3 else 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,7 +81,8 @@ def trajectory_file(folder: Path, step: int) -> Path:
 
 def recorded_steps(folder: Path) -> list[int]:
     """Steps whose trajectories are kept, ascending."""
-    return sorted(int(path.stem.removeprefix("step_")) for path in (folder / TRAJECTORIES).glob("step_*.jsonl"))
+    names = (re.fullmatch(r"step_(\d+)\.jsonl", path.name) for path in (folder / TRAJECTORIES).glob("step_*"))
+    return sorted(int(name[1]) for name in names if name)
 
 
 def read_trajectories(folder: Path, step: int) -> list[RecordedTrajectory]:

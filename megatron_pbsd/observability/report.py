@@ -79,7 +79,7 @@ def _tiles(rows: Sequence[Row], config: RunConfig) -> str:
     if rewards := _values(rows, REWARD):
         few = min(10, max(1, len(rewards) // 2))
         tiles.append(("Reward", number(fmean(rewards[-few:])),
-                      f"mean of the last {few} steps; the first {few}: {number(fmean(rewards[:few]))}"))
+                      f"mean of the last {few} step{'s' * (few > 1)}; the first {few}: {number(fmean(rewards[:few]))}"))
     if matches := _values(rows, EXACT_MATCH):
         tiles.append(("Exact match", percent(matches[-1]),
                       f"at the start {percent(matches[0])}, best {percent(max(matches))}"))
@@ -121,14 +121,14 @@ def _statistics(rows: Sequence[Row]) -> str:
         title = f'<span class="of">{_text(group or "learner")}</span> {_text(name.replace("_", " "))}'
         chart = line_chart(key, _curve(name, points), width=290, height=140)
         cards.append(f'<div class="card"><h3>{title}</h3>{chart}</div>')
-    note = "Every other metric, one value per step; long series with their moving mean. The end of the line is labelled."
+    note = "Every other metric, one value per step, long series with their moving mean; the last value is labelled."
     return f'<h2>Statistics</h2><p class="note">{note}</p><div class="many">{"".join(cards)}</div>' if cards else ""
 
 
 def _group_order(key: str) -> int:
     """Credit first, then the loss and the optimizer, then the rest as it was logged."""
     group = key.rpartition("/")[0]
-    order = ("credit", "loss", "", "eval", "rollout")
+    order = ("credit", "loss", "", "reward", "eval", "rollout")
     return order.index(group) if group in order else len(order)
 
 

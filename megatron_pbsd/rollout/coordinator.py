@@ -1,160 +1,228 @@
-"""Drives all engines through a rollout: episodes, scheduler and environment in one place.
+"""Drives all engines and the environment from prompts to finished groups.
 
-Each engine is always either idle or inside one `pump` call, which brings it new chunks and comes back with ended
-ones. Everything that arrives is handled at once, so a trajectory waits for nobody but its own engine.
+Each engine has at most one `pump` call outstanding: what it is to forget, what it is to start, and the wait for its next
+finished chunks, in one round trip.
 """
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_pbsd.config import RolloutConfig
-from megatron_pbsd.controller.runtime import Call, DeadlineExpired, Handle, gather
-from megatron_pbsd.environments import Environment
-from megatron_pbsd.rollout.engines.protocol import Chunk, ChunkResult, Engine
-from megatron_pbsd.rollout.episode import Episode, RolloutRequest
+from megatron_pbsd.controller.failures import DeadlineExpired
+from megatron_pbsd.controller.gather import gather
+from megatron_pbsd.controller.runtime import Client, Future, Handle
+from megatron_pbsd.environments.protocol import Environment, Task
+from megatron_pbsd.rollout.engines.protocol import ChunkResult, EngineStatistics
+from megatron_pbsd.rollout.episode import Episode, EpisodeStart
+from megatron_pbsd.rollout.errors import RolloutError
 from megatron_pbsd.rollout.policies.least_loaded import LeastLoaded
-from megatron_pbsd.rollout.scheduler import Scheduler
-from megatron_pbsd.trajectory import Group
+from megatron_pbsd.rollout.scheduler import Policy, Scheduler
+from megatron_pbsd.rollout.sink import TrajectorySink
+from megatron_pbsd.trajectory import Group, Trajectory
 
 
-class EngineHost:
-    """An engine as a component: adds the one call that a rollout needs, so that each round trip does all its work."""
+@dataclass(frozen=True)
+class RolloutRequest:
+    """`samples` trajectories of one task. `privileged_answer`: what the teacher's prompt discloses."""
 
-    def __init__(self, build: Callable[..., Engine], *args: object, **kwargs: object):
-        self._engine = build(*args, **kwargs)
+    group_id: str
+    task: Task
+    samples: int
+    privileged_answer: str
 
-    def pump(self, chunks: Sequence[Chunk], over: Sequence[str]) -> list[ChunkResult]:
-        """Forget the KV of `over`, queue `chunks`, and work until something has ended."""
-        self._engine.release(over)
-        self._engine.submit(chunks)
-        return self._engine.collect()
 
-    def __getattr__(self, method: str):
-        return getattr(self._engine, method)
+@dataclass(frozen=True)
+class Progress:
+    """Trajectories finished and asked for, tokens generated so far, of the present or latest `collect`."""
+
+    finished: int
+    total: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class CollectStatistics:
+    """engine_idle_share: part of the engines' wall time in which they computed nothing, 0 … 1."""
+
+    trajectories: int
+    turns: int
+    generated_tokens: int
+    prefilled_tokens: int
+    cached_tokens: int
+    wall_seconds: float
+    engine_idle_share: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.generated_tokens / self.wall_seconds
 
 
 class Coordinator:
-    """engines: handles of EngineHosts. environment: builds the environment, here, where its index will be used."""
+    """engines: handles of `EngineHost` components, the same for the coordinator's whole life.
 
-    def __init__(self, engines: Sequence[Handle], environment: Callable[[], Environment], config: RolloutConfig):
+    `collect` is called from one thread; `progress` may be called from another at any time.
+    """
+
+    def __init__(
+        self,
+        engines: Sequence[Handle],
+        environment: Environment,
+        config: RolloutConfig,
+        client: Client,
+        policy: Policy = LeastLoaded(),
+    ):
         self._engines = {handle.name: handle for handle in engines}
-        self._environment, self._config = environment(), config
-        self._progress = (0, 0)
+        self._environment, self._config, self._client, self._policy = environment, config, client, policy
+        self._progress = Progress(0, 0, 0)
+        self._statistics: CollectStatistics | None = None
 
-    def progress(self) -> tuple[int, int]:
-        """(finished, total) trajectories of the rollout under way; another thread may ask."""
+    def progress(self) -> Progress:
         return self._progress
 
-    def collect(self, requests: Sequence[RolloutRequest], prefix: str, seed: int, temperature: float,
-                sink: Path) -> tuple[list[Group], dict[str, float]]:
-        """Run every request to its end; groups come back in the order of the requests, whatever ended first.
+    def statistics(self) -> CollectStatistics | None:
+        """Of the latest `collect` that returned."""
+        return self._statistics
 
-        prefix:  of the trajectory ids, `{prefix}/{group}/{sample}`.
-        sink:    JSONL file; each trajectory is written, unscored, as soon as it is over.
+    def collect(
+        self,
+        requests: Sequence[RolloutRequest],
+        *,
+        step: int,
+        seed: int,
+        temperature: float,
+        sink: str | Path | None = None,
+    ) -> list[Group]:
+        """Groups in the order of `requests`, samples in order, whatever the order they finish in.
 
-        Metrics: rollout/tokens_per_s, rollout/tokens, rollout/engine_idle (share of engine time).
+        Trajectory ids, the keys of sampling, are `{step}/{group_id}/{sample}`. Each trajectory is appended to `sink` as
+        soon as it is finished. ComponentDied when an engine dies, DeadlineExpired when one has finished no chunk within
+        `rollout.deadline_s`; the engines are then in an unknown state. RolloutError when a prompt is too long.
         """
-        started = time.perf_counter()
-        session = _Session(self._engines, self._config)
-        episodes = [
-            [Episode(f"{prefix}/{g}/{i}", request, self._environment, self._config, seed, temperature)
-             for i in range(request.samples)]
-            for g, request in enumerate(requests)
-        ]
-        with sink.open("w", encoding="utf-8") as file:
-            everyone = [episode for group in episodes for episode in group]
-            for finished, episode in enumerate(session.run(everyone), start=1):
-                self._progress = (finished, len(everyone))
-                file.write(json.dumps(episode.trajectory().to_json()) + "\n")
-                file.flush()
-        groups = [Group(request.group_id, tuple(e.trajectory() for e in group))
-                  for request, group in zip(requests, episodes, strict=True)]
-        seconds = time.perf_counter() - started
-        tokens = sum(t.generated for group in groups for t in group.trajectories)
-        return groups, {
-            "rollout/tokens": float(tokens),
-            "rollout/tokens_per_s": tokens / seconds,
-            "rollout/engine_idle": max(0.0, 1 - session.busy_s / (seconds * len(self._engines))),
-        }
+        began, before = time.monotonic(), self._engine_statistics()
+        episodes = {
+            request.group_id: [
+                Episode(start, self._config) for start in self._starts(request, step, seed, temperature)
+            ] for request in requests}
+        if len(episodes) < len(requests):
+            ids = [request.group_id for request in requests]
+            raise RolloutError(f"group ids must differ; repeated are {sorted({i for i in ids if ids.count(i) > 1})}")
+        with TrajectorySink(sink) as kept:
+            self._run([episode for group in episodes.values() for episode in group], kept)
+        groups = [Group(group_id, tuple(e.trajectory() for e in group)) for group_id, group in episodes.items()]
+        self._statistics = summarised(groups, before, self._engine_statistics(), time.monotonic() - began)
+        return groups
+
+    def _starts(self, request: RolloutRequest, step: int, seed: int, temperature: float) -> list[EpisodeStart]:
+        environment = self._environment
+        prompt = tuple(environment.prompt(request.task))
+        privileged = tuple(environment.privileged_prompt(request.task, request.privileged_answer))
+        return [
+            EpisodeStart(f"{step}/{request.group_id}/{sample}", request.group_id, request.task, prompt, privileged, seed,
+                         temperature, tuple(environment.stop_token_ids))
+            for sample in range(request.samples)]
+
+    def _run(self, episodes: Sequence[Episode], sink: TrajectorySink) -> None:
+        pool = Pool(self._engines, self._client, self._config, self._policy)
+        self._progress = Progress(0, len(episodes), 0)
+        running = {episode.request_id: episode for episode in episodes}
+        for episode in episodes:
+            pool.submit(episode)
+        while running:
+            for result in pool.next_results():
+                episode = running[result.request_id]
+                episode.advance(result, self._environment)
+                if episode.finished:
+                    pool.finish(episode)
+                    sink.write(episode.trajectory())
+                    del running[result.request_id]
+                else:
+                    pool.submit(episode)
+                self._progress = Progress(
+                    len(episodes) - len(running), len(episodes), self._progress.tokens + len(result.tokens))
+        pool.release()
+
+    def _engine_statistics(self) -> list[EngineStatistics]:
+        return gather(self._client, [handle.call("statistics") for handle in self._engines.values()],
+                      phase="rollout.statistics", deadline_s=self._config.deadline_s)
 
 
-class _Session:
-    """The state of one rollout."""
+class Pool:
+    """The engines during one collection: a scheduler, and the calls that are outstanding."""
 
-    def __init__(self, engines: dict[str, Handle], config: RolloutConfig):
-        self._engines, self._config = engines, config
-        self._scheduler = Scheduler(LeastLoaded())
+    def __init__(self, engines: dict[str, Handle], client: Client, config: RolloutConfig, policy: Policy):
+        self._engines, self._client, self._deadline_s = engines, client, config.deadline_s
+        self._scheduler = Scheduler(policy)
         for name in engines:
             self._scheduler.engine_joined(name, config.slots)
-        self._over: dict[str, list[str]] = {name: [] for name in engines}
-        self._calls: dict[str, Call] = {}
-        self._since: dict[str, float] = {}
-        self.busy_s = 0.0
+        self._episodes: dict[str, Episode] = {}
+        self._to_start: dict[str, list[str]] = {name: [] for name in engines}
+        self._to_release: dict[str, list[str]] = {name: [] for name in engines}
+        self._outstanding: dict[str, tuple[Future, float]] = {}
 
-    def run(self, episodes: Sequence[Episode]) -> Iterator[Episode]:
-        """Yields episodes as they finish."""
-        by_id = {episode.trajectory_id: episode for episode in episodes}
-        for episode in episodes:
-            self._submit(episode)
-        finished = 0
-        while finished < len(by_id):
-            self._pump(by_id)
-            for result in self._arrived():
-                episode = by_id[result.request_id]
-                episode.advance(result)
-                self._scheduler.chunk_finished(result.request_id)
-                if not episode.finished:
-                    self._submit(episode)
-                    continue
-                self._over[self._scheduler.request_finished(result.request_id)].append(result.request_id)
-                finished += 1
-                yield episode
-        handles = list(self._engines.values())
-        gather("rollout.release", handles, [h.call("release", self._over[h.name]) for h in handles],
-               self._config.deadline_s)
+    def submit(self, episode: Episode) -> None:
+        self._episodes[episode.request_id] = episode
+        self._scheduler.submitted(episode.request_id, episode.group_id, episode.context_tokens)
 
-    def _submit(self, episode: Episode) -> None:
-        self._scheduler.submitted(episode.trajectory_id, episode.request.group_id, len(episode.context))
+    def finish(self, episode: Episode) -> None:
+        holder = self._scheduler.request_finished(episode.request_id)
+        self._to_release[holder].append(episode.request_id)
+        del self._episodes[episode.request_id]
 
-    def _pump(self, by_id: dict[str, Episode]) -> None:
-        """Send every engine that is not inside a call what it should work on next."""
-        available = set(self._engines) - set(self._calls)
-        starting: dict[str, list[Chunk]] = {engine: [] for engine in available}
-        for assignment in self._scheduler.decisions(available):
-            starting[assignment.engine].append(by_id[assignment.request_id].next_chunk())
+    def next_results(self) -> list[ChunkResult]:
+        """Give the engines their work, and wait until one of them returns finished chunks."""
+        for assignment in self._scheduler.decisions():
+            self._to_start[assignment.engine].append(assignment.request_id)
             if assignment.leaves is not None:
-                self._over[assignment.leaves].append(assignment.request_id)
-        for engine, chunks in starting.items():
-            if self._scheduler.in_flight(engine):
-                self._send(engine, chunks)
-
-    def _send(self, engine: str, chunks: list[Chunk]) -> None:
-        over, self._over[engine] = self._over[engine], []
-        self._since[engine] = time.perf_counter()
-        self._calls[engine] = self._engines[engine].call("pump", chunks, over)
-
-    def _arrived(self) -> list[ChunkResult]:
-        calls = {id(call): engine for engine, call in self._calls.items()}
-        any_handle = next(iter(self._engines.values()))
-        oldest = min(self._since[engine] for engine in self._calls)
-        remaining = oldest + self._config.deadline_s - time.perf_counter()
-        done, _ = any_handle.wait(list(self._calls.values()), max(0.0, remaining))
-        if not done:
-            raise self._expired(max(oldest, time.perf_counter() - self._config.deadline_s))
-        results = []
-        for call in done:
-            engine = calls[id(call)]
-            del self._calls[engine]
-            self.busy_s += time.perf_counter() - self._since[engine]
-            results += call.result()
+                self._to_release[assignment.leaves].append(assignment.request_id)
+        for name, handle in self._engines.items():
+            if name not in self._outstanding and self._scheduler.in_flight(name):
+                chunks = [self._episodes[request_id].next_chunk() for request_id in self._to_start[name]]
+                call = handle.call("pump", chunks, self._to_release[name])
+                self._outstanding[name] = call, time.monotonic()
+                self._to_start[name], self._to_release[name] = [], []
+        name = self._first_done()
+        call, _ = self._outstanding.pop(name)
+        results = self._client.result(call)
+        for result in results:
+            self._scheduler.chunk_finished(result.request_id)
         return results
 
-    def _expired(self, limit: float) -> DeadlineExpired:
-        hung = [engine for engine in self._calls if self._since[engine] <= limit]
-        stacks = "\n".join(f"{engine}:\n{self._engines[engine].stacks()}" for engine in hung)
-        return DeadlineExpired(f"phase 'rollout': no finished chunk from {', '.join(hung)} within rollout.deadline_s = "
-                               f"{self._config.deadline_s:g}\n{stacks}")
+    def _first_done(self) -> str:
+        oldest = min(since for _, since in self._outstanding.values())
+        calls = [call for call, _ in self._outstanding.values()]
+        done, _ = self._client.wait(calls, 1, max(0.0, oldest + self._deadline_s - time.monotonic()))
+        if done:
+            return next(name for name, (call, _) in self._outstanding.items() if call is done[0])
+        limit = max(oldest, time.monotonic() - self._deadline_s)
+        late = [call for call, since in self._outstanding.values() if since <= limit]
+        raise DeadlineExpired("rollout", self._deadline_s, [call.name for call in late], self._client.stacks(late))
+
+    def release(self) -> None:
+        """Let the engines forget what is over."""
+        gather(self._client, [handle.call("release", self._to_release[name]) for name, handle in self._engines.items()],
+               phase="rollout.release", deadline_s=self._deadline_s)
+
+
+def summarised(
+    groups: Sequence[Group],
+    before: Sequence[EngineStatistics],
+    after: Sequence[EngineStatistics],
+    wall_seconds: float,
+) -> CollectStatistics:
+    def total(counter: str) -> float:
+        return sum(getattr(b, counter) - getattr(a, counter) for a, b in zip(before, after, strict=True))
+
+    trajectories: list[Trajectory] = [t for group in groups for t in group.trajectories]
+    return CollectStatistics(
+        trajectories=len(trajectories),
+        turns=sum(len(t.turns) for t in trajectories),
+        generated_tokens=sum(t.generated for t in trajectories),
+        prefilled_tokens=int(total("prefilled_tokens")),
+        cached_tokens=int(total("cached_tokens")),
+        wall_seconds=wall_seconds,
+        engine_idle_share=max(0.0, 1.0 - total("busy_seconds") / (wall_seconds * len(after))),
+    )

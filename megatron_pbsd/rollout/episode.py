@@ -1,82 +1,122 @@
-"""One trajectory in the making: a state machine between engine and environment. Pure."""
+"""One trajectory while it is being generated: which tokens to ask for next, and when it is over."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from megatron_pbsd.config import RolloutConfig
-from megatron_pbsd.environments import Environment, Task
+from megatron_pbsd.environments.protocol import Environment, Task
 from megatron_pbsd.rollout.engines.protocol import Chunk, ChunkResult
-from megatron_pbsd.trajectory import Trajectory, Turn
+from megatron_pbsd.rollout.errors import RolloutError
+from megatron_pbsd.trajectory import Trajectory, Turn, VersionSpan
 
 
 @dataclass(frozen=True)
-class RolloutRequest:
-    """Ask `task` `samples` times. privileged_answer: what the teacher's prompt discloses."""
-
-    group_id: str
-    task: Task
-    samples: int
-    privileged_answer: str
-
-
-@dataclass
-class Episode:
-    """`next_chunk` and `advance` alternate until `finished`.
-
-    trajectory_id is also the engine's request id, and with the seed the key of counter-based sampling.
-    """
+class EpisodeStart:
+    """What an episode begins with; fields as in `trajectory.Trajectory` and `protocol.Chunk`."""
 
     trajectory_id: str
-    request: RolloutRequest
-    environment: Environment
-    config: RolloutConfig
+    group_id: str
+    task: Task
+    prompt: tuple[int, ...]
+    privileged_prompt: tuple[int, ...]
     seed: int
     temperature: float
-    turns: list[Turn] = field(default_factory=list)
-    finished: bool = False
+    stop_token_ids: tuple[int, ...]
 
-    def __post_init__(self) -> None:
-        self.prompt = self.environment.prompt(self.request.task)
-        self.context = self.prompt
+
+class Episode:
+    """A state machine: `next_chunk` → engine → `advance`, until `finished`; then `trajectory`.
+
+    A chunk may end before its turn does (an abort, a division): the next one continues the same turn. A turn that
+    reaches `max_turn_tokens` or `max_context` before a stop token is of kind 'truncated', unless the environment finds
+    it final. The episode ends when the environment says so, with `max_turns`, and when the environment's answer leaves
+    no room for another token; the last turn never has an observation, as nobody would read it.
+
+    RolloutError when the prompt alone leaves no room.
+    """
+
+    def __init__(self, start: EpisodeStart, limits: RolloutConfig):
+        if len(start.prompt) >= limits.max_context:
+            raise RolloutError(
+                f"rollout.max_context = {limits.max_context} has no room for the prompt of task "
+                f"{start.task.task_id!r}, which has {len(start.prompt)} tokens; set it to at least "
+                f"{len(start.prompt) + limits.max_turn_tokens}")
+        self._start, self._limits = start, limits
+        self._context = list(start.prompt)
+        self._turns: list[Turn] = []
+        self._begin_turn()
+        self.finished = False
+
+    def _begin_turn(self) -> None:
+        self._tokens: list[int] = []
+        self._log_probs: list[float] = []
+        self._versions: list[VersionSpan] = []
+
+    @property
+    def request_id(self) -> str:
+        return self._start.trajectory_id
+
+    @property
+    def group_id(self) -> str:
+        return self._start.group_id
+
+    @property
+    def context_tokens(self) -> int:
+        return len(self._context)
+
+    @property
+    def _room(self) -> int:
+        """Tokens that the present turn may still have."""
+        return min(self._limits.max_turn_tokens - len(self._tokens), self._limits.max_context - len(self._context))
 
     def next_chunk(self) -> Chunk:
-        return Chunk(
-            request_id=self.trajectory_id,
-            tokens=self.context,
-            max_new_tokens=min(self.config.max_turn_tokens, self.config.max_context - len(self.context)),
-            seed=self.seed,
-            temperature=self.temperature,
-            stop_token_ids=self.environment.stop_token_ids)
+        start = self._start
+        return Chunk(start.trajectory_id, tuple(self._context), self._room, start.seed, start.temperature,
+                     start.stop_token_ids)
 
-    def advance(self, result: ChunkResult) -> None:
-        """Take the policy's turn and the environment's reply to it.
+    def advance(self, result: ChunkResult, environment: Environment) -> None:
+        """Take in what the engine generated; if that ends the turn, let the environment answer it."""
+        offset = len(self._tokens)
+        self._tokens += result.tokens
+        self._log_probs += result.log_probs
+        self._context += result.tokens
+        self._versions = merged(self._versions, result.versions, offset)
+        if result.finish_reason == "stop" or self._room <= 0:
+            self._end_turn(result, environment)
 
-        The episode ends with an answer, with the last turn allowed, or where the context has no room for another
-        turn; the last two leave a turn of kind 'truncated' if it was itself cut by the room that was left.
-        """
-        reply = self.environment.reply(self.request.task, self.turns, result.tokens)
-        room = self.config.max_context - len(self.context) - len(result.tokens)
-        cut = result.finish_reason != "stop" and len(result.tokens) < self.config.max_turn_tokens
-        over = reply.done or cut or len(self.turns) + 1 >= self.config.max_turns or len(reply.observation) >= room
-        turn = Turn(
-            tokens=result.tokens,
-            log_probs=result.log_probs,
-            # What nobody will read is not part of the trajectory.
-            observation=() if over else reply.observation,
+    def _end_turn(self, result: ChunkResult, environment: Environment) -> None:
+        reply = environment.reply(self._start.task, self._turns, self._tokens)
+        fits = len(self._context) + len(reply.observation) < self._limits.max_context
+        self.finished = reply.done or not fits or len(self._turns) + 1 == self._limits.max_turns
+        observation = () if self.finished else tuple(reply.observation)
+        cut = result.finish_reason != "stop" and not reply.done
+        self._turns.append(Turn(
+            tokens=tuple(self._tokens),
+            log_probs=tuple(self._log_probs),
+            observation=observation,
             kind="truncated" if cut else reply.kind,
             finish_reason=result.finish_reason,
-            versions=result.versions,
-            answer_span=None if cut else reply.answer_span)
-        self.turns.append(turn)
-        self.context += turn.tokens + turn.observation
-        self.finished = over
+            versions=tuple(self._versions),
+            answer_span=reply.answer_span,
+        ))
+        self._context += observation
+        self._begin_turn()
 
     def trajectory(self) -> Trajectory:
-        return Trajectory(
-            trajectory_id=self.trajectory_id,
-            group_id=self.request.group_id,
-            task_id=self.request.task.task_id,
-            prompt=self.prompt,
-            privileged_prompt=self.environment.privileged_prompt(self.request.task, self.request.privileged_answer),
-            turns=tuple(self.turns))
+        start = self._start
+        return Trajectory(start.trajectory_id, start.group_id, start.task.task_id, start.prompt,
+                          start.privileged_prompt, tuple(self._turns))
+
+
+def merged(spans: Sequence[VersionSpan], more: Sequence[VersionSpan], offset: int) -> list[VersionSpan]:
+    """`spans` and then `more`, which count from `offset`; neighbours of one version become one span."""
+    joined = list(spans)
+    for span in more:
+        start, end = span.start + offset, span.end + offset
+        if joined and joined[-1].version == span.version:
+            joined[-1] = VersionSpan(span.version, joined[-1].start, end)
+        else:
+            joined.append(VersionSpan(span.version, start, end))
+    return joined

@@ -6,7 +6,7 @@ same events.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -107,16 +107,12 @@ class Scheduler:
             raise SchedulerError(f"request {request_id!r} is over but has a chunk that is not finished")
         return self._holders.pop(request_id, None)
 
-    def decisions(self, available: Collection[str] | None = None) -> list[Assignment]:
-        """Place waiting chunks until the policy has nothing to place. The chunks are in flight from now on.
-
-        available: the engines that can take chunks now; None means all.
-        """
+    def decisions(self) -> list[Assignment]:
+        """Place waiting chunks until the policy has nothing to place. The chunks are in flight from now on."""
         made = []
-        engines = {name: load for name, load in self._engines.items() if available is None or name in available}
-        while self._waiting and (choice := self._policy.choose(self._waiting, engines)) is not None:
+        while self._waiting and (choice := self._policy.choose(self._waiting, self._engines)) is not None:
             request_id, engine = choice
-            load = engines[engine]
+            load = self._engines[engine]
             if load.free <= 0:
                 raise SchedulerError(f"the policy chose engine {engine!r}, whose {load.slots} slots are all in use")
             chunk = self._waiting.pop(request_id)

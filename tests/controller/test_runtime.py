@@ -1,16 +1,22 @@
 import os
+import pickle
 import signal
+import socket
 import threading
 
 import numpy as np
 import pytest
 
-from megatron_pbsd.controller.runtime import ComponentDied, DeadlineExpired, gather
+from megatron_pbsd.controller.failures import ComponentDied, DeadlineExpired
+from megatron_pbsd.controller.gather import gather
+from megatron_pbsd.controller.ray_cluster import check_port, is_free
+from megatron_pbsd.errors import UsageError
 
 
 class Counter:
-    def __init__(self, start: int = 0, peers=()):
-        self.value, self.peers = start, peers
+    def __init__(self, start: int = 0, peers=(), client=None):
+        self.value, self.peers, self.client = start, peers, client
+        self.thread = threading.get_ident()
         self.released = threading.Event()
 
     def add(self, n: int, *, times: int = 1) -> int:
@@ -18,7 +24,8 @@ class Counter:
         return self.value
 
     def total(self) -> int:
-        return sum(peer.call("add", 0).result() for peer in self.peers)
+        futures = [peer.call("add", 0) for peer in self.peers]
+        return sum(self.client.result(f) for f in self.client.wait(futures, len(futures))[0])
 
     def fail(self, text: str) -> None:
         raise LookupError(text)
@@ -33,6 +40,9 @@ class Counter:
     def release(self) -> None:
         self.released.set()
 
+    def same_thread(self) -> bool:
+        return self.thread == threading.get_ident()
+
     def sum(self, array: np.ndarray) -> float:
         return float(array.sum())
 
@@ -46,61 +56,90 @@ def unable():
 
 def test_calls_run_in_order_with_their_arguments(runtime):
     counter = runtime.spawn("counter", Counter, start=3)
-    calls = [counter.call("add", 1), counter.call("add", 2, times=2)]
-    assert gather("test", [counter], calls, 60.0) == [4, 8]
-    assert [call.component for call in calls] == ["counter", "counter"]
+    futures = [counter.call("add", 1), counter.call("add", 2, times=2), counter.observe("add", 0)]
+    assert [runtime.result(f) for f in futures[:2]] == [4, 8]
+    done, pending = runtime.wait(futures, len(futures))
+    assert done == futures and pending == []
+    assert {f.name for f in futures} == {"counter"}
+    assert runtime.result(counter.ready()) is None
+    assert runtime.result(counter.call("same_thread"))
 
 
 def test_handles_work_inside_components(runtime):
     peers = [runtime.spawn(f"peer-{i}", Counter, start=i) for i in (1, 2)]
-    assert runtime.spawn("caller", Counter, peers=peers).call("total").result() == 3
+    caller = runtime.spawn("caller", Counter, peers=peers, client=runtime.client)
+    assert runtime.result(caller.call("total")) == 3
 
 
 def test_a_shared_value_reaches_all_receivers(runtime):
     shared = runtime.share(np.ones(50_000))
     counters = [runtime.spawn(f"receiver-{i}", Counter) for i in range(2)]
-    assert [counter.call("sum", shared).result() for counter in counters] == [50_000, 50_000]
+    assert [runtime.result(c.call("sum", shared)) for c in counters] == [50_000, 50_000]
 
 
 def test_an_exception_comes_back_as_it_was(runtime):
     counter = runtime.spawn("counter", Counter)
-    with pytest.raises(LookupError, match="^nothing here$"):
-        counter.call("fail", "nothing here").result()
-    assert counter.call("add", 1).result() == 1
+    with pytest.raises(LookupError, match="(?m)^'?nothing here'?$"):
+        runtime.result(counter.call("fail", "nothing here"))
+    assert runtime.result(counter.call("add", 1)) == 1
 
 
-def test_what_a_constructor_raises_is_what_the_first_call_raises(ray_runtime):
-    with pytest.raises(LookupError, match="^no such model$"):
-        ray_runtime.spawn("broken", unable).call("add", 1).result()
+def test_a_remote_exception_shows_where_it_was_raised(ray_runtime):
+    counter = ray_runtime.spawn("counter", Counter)
+    with pytest.raises(LookupError) as raised:
+        ray_runtime.result(counter.call("fail", "nothing here"))
+    assert "in counter:" in raised.value.__notes__[0] and "in fail" in raised.value.__notes__[0]
 
 
-def test_death_is_an_error_with_the_components_last_words(ray_runtime, capfd):
-    mortal = ray_runtime.spawn("mortal", Counter)
-    with pytest.raises(ComponentDied, match="(?s)^mortal died: Worker unexpectedly exits .*last words$"):
-        mortal.call("die").result()
-    with pytest.raises(ComponentDied, match="^mortal died"):
-        mortal.call("add", 1).result()
-    # What it printed, and what Ray has to say about it, is in the error and not on the terminal.
-    assert capfd.readouterr() == ("", "")
+def test_a_constructor_that_raises(ray_runtime):
+    broken = ray_runtime.spawn("broken", unable)
+    with pytest.raises(LookupError, match="no such model"):
+        ray_runtime.result(broken.ready())
+    with pytest.raises(RuntimeError, match="broken.add was called, but broken could not be constructed"):
+        ray_runtime.result(broken.call("add", 1))
 
 
-def test_a_second_thread_answers_beside_a_running_call(ray_runtime):
-    busy = ray_runtime.spawn("busy", Counter, threads=2)
-    running = busy.call("block")
-    busy.call("release").result()
-    assert running.result()
+def test_death_is_an_error_with_the_components_last_words(ray_runtime):
+    counter = ray_runtime.spawn("mortal", Counter)
+    with pytest.raises(ComponentDied, match="(?s)^mortal died: .*mortal | last words") as died:
+        ray_runtime.result(counter.call("die"))
+    assert died.value.last_lines[-1] == "last words"
+    assert str(pickle.loads(pickle.dumps(died.value))) == str(died.value)
+    with pytest.raises(ComponentDied):
+        ray_runtime.result(counter.call("add", 1))
+
+
+def test_observe_answers_beside_a_running_call(ray_runtime):
+    counter = ray_runtime.spawn("busy", Counter)
+    running = counter.call("block")
+    ray_runtime.result(counter.observe("release"))
+    assert ray_runtime.result(running)
 
 
 def test_wait_returns_the_first_and_the_deadline_shows_stacks(ray_runtime):
-    quick, slow = ray_runtime.spawn("quick", Counter), ray_runtime.spawn("slow", Counter, threads=2)
+    quick, slow = ray_runtime.spawn("quick", Counter), ray_runtime.spawn("slow", Counter)
     for handle in (quick, slow):
-        handle.call("add", 0).result()
-    calls = [slow.call("block"), quick.call("add", 1)]
-    assert slow.wait(calls, 60.0) == (calls[1:], calls[:1])
-    with pytest.raises(DeadlineExpired, match="(?s)'test': no answer from slow within 0.2 s\n.*in block"):
-        gather("test", [slow, quick], calls, 0.2)
-    slow.call("release").result()
+        ray_runtime.result(handle.ready())
+    futures = [slow.call("block"), quick.call("add", 1)]
+    done, pending = ray_runtime.wait(futures)
+    assert done == futures[1:] and pending == futures[:1]
+    with pytest.raises(DeadlineExpired) as expired:
+        gather(ray_runtime, futures, phase="test.block", deadline_s=0.2)
+    assert expired.value.missing == ("slow",)
+    assert "'test.block': no answer within 0.2 s from slow" in str(expired.value)
+    assert "in block" in expired.value.stacks
+    ray_runtime.result(slow.observe("release"))
 
 
 def test_components_get_one_thread_and_stay_offline(ray_runtime):
-    assert ray_runtime.spawn("quiet", Counter).call("environment").result() == ["1", "1", "1"]
+    assert ray_runtime.result(ray_runtime.spawn("quiet", Counter).call("environment")) == ["1", "1", "1"]
+
+
+def test_a_taken_port_names_the_key_and_a_free_one():
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(UsageError, match=rf"ray_port = {port} is in use by another process; (\d+) is free") as error:
+            check_port(port)
+        assert is_free(int(str(error.value).split("; ")[1].split()[0]))

@@ -6,7 +6,7 @@ import os
 import threading
 
 import pytest
-from conftest import RankFailure
+from rank_pool import RankFailure
 
 
 def die(rank, rendezvous):

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from test_layouts import LAYOUTS, LOSSES, OPTIMIZER, make_batch, published
 
 from megatron_pbsd import losses
 from megatron_pbsd.config import LearnerConfig, ModelConfig
+from tests.distributed.test_layouts import LAYOUTS, LOSSES, OPTIMIZER, make_batch, published
 
 STEPS = 2
 

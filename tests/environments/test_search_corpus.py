@@ -2,8 +2,7 @@ import json
 import re
 from importlib import resources
 
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from megatron_pbsd.environments.search_qa.corpus import PASSAGE_WORDS, load_corpus
 from megatron_pbsd.environments.search_qa.text import cut, fold, plain, without_parentheses

@@ -1,6 +1,5 @@
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from megatron_pbsd.environments.search_qa.verifier import exact_match, f1, normalise
 

@@ -1,8 +1,7 @@
 """The turn protocol of search_qa: what the policy writes, what it reads back, and what counts as an answer."""
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from megatron_pbsd.batch import from_trajectories
 from megatron_pbsd.config import EnvironmentConfig, SFTConfig

@@ -108,6 +108,17 @@ def test_every_problem_is_reported_at_once(problems):
             assert word in found[key], (key, word, found[key])
 
 
+def test_mappings_are_checked_key_by_key(load, problems):
+    text = MINIMAL + "algorithm: {name: sft, bad_habits: {needless: 1, prematur: 2, gives_up: -1}}\n"
+    message = problems(text)["algorithm.bad_habits"]
+    assert "'needless', 'premature'" in message
+    with pytest.raises(ConfigError, match="did you mean 'premature'") as caught:
+        load(text)
+    assert "key 'gives_up'); the nearest valid value is 0" in str(caught.value)
+    assert load(MINIMAL, "--algorithm.name", "sft", "--algorithm.bad_habits.needless", "3").algorithm.bad_habits == {
+        "needless": 3.0}
+
+
 def test_a_conflict_about_a_wrong_value_is_not_guessed(problems):
     found = problems(MINIMAL + "runtime: inline\nlearner: {parallel: {world_size: two}}\n")
     assert set(found) == {"learner.parallel.world_size"}

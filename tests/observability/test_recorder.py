@@ -132,3 +132,12 @@ def test_wandb_that_is_not_installed_is_said(open_recorder, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "wandb", None)
     with pytest.raises(UsageError, match=r"observability.wandb = 'offline'.*megatron-pbsd\[wandb\]"):
         open_recorder(wandb="offline")
+
+
+def test_wandb_offline_keeps_the_rows(open_recorder):
+    """With the real package: what `wandb sync` would send lies in the run's folder."""
+    with open_recorder(wandb="offline") as recorder:
+        recorder.log(0, {"reward/mean": 0.25})
+        folder = recorder.folder
+    (kept,) = folder.rglob("run-*.wandb")
+    assert b"reward/mean" in kept.read_bytes()

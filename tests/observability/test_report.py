@@ -133,6 +133,7 @@ def test_bars_stack_to_the_total_of_a_step():
 
 @pytest.mark.parametrize(("value", "text"), [
     (0.0, "0"), (1.0, "1"), (-0.02891, "−0.0289"), (1234.5, "1,234"), (1e-7, "1e-07"), (99.96, "100"), (-3, "−3"),
+    (4_199_936, "4.2M"), (25_000, "25k"), (3e13, "3e+04G"),
 ])
 def test_numbers_have_three_significant_digits(value, text):
     assert number(value) == text

@@ -1,92 +1,121 @@
-import json
-
 import pytest
 from scripted_rollout import EchoEnvironment, ScriptedEngine, expected, requests
 
 from megatron_pbsd.config import RolloutConfig
-from megatron_pbsd.controller.runtime import ComponentDied, DeadlineExpired
-from megatron_pbsd.rollout.coordinator import Coordinator, EngineHost
-from megatron_pbsd.trajectory import Trajectory
+from megatron_pbsd.controller.failures import ComponentDied, DeadlineExpired
+from megatron_pbsd.rollout.coordinator import Coordinator, Progress
+from megatron_pbsd.rollout.engines.host import EngineHost
+from megatron_pbsd.rollout.errors import RolloutError
+from megatron_pbsd.rollout.policies.least_loaded import LeastLoaded
+from megatron_pbsd.rollout.sink import read_trajectories
 
 LIMITS = RolloutConfig(slots=3, max_turns=4, max_turn_tokens=10, max_context=60, deadline_s=60)
 
 
-def engine(runtime, name: str, **arguments):
-    return runtime.spawn(name, EngineHost, ScriptedEngine, name=name, **arguments)
+def engines(runtime, count: int, **arguments):
+    return [runtime.spawn(f"engine-{i}", EngineHost, ScriptedEngine, name=f"engine-{i}", **arguments)
+            for i in range(count)]
 
 
-def engines(runtime, count: int):
-    return [engine(runtime, f"engine-{i}") for i in range(count)]
+def wanted(asked, step=1, seed=5):
+    return [[expected(r, sample, step, seed, LIMITS) for sample in range(r.samples)] for r in asked]
 
 
-def wanted(asked, prefix="1", seed=5) -> list[list[Trajectory]]:
-    return [[expected(request, f"{prefix}/{g}/{i}", seed, LIMITS) for i in range(request.samples)]
-            for g, request in enumerate(asked)]
-
-
-def members(groups) -> list[list[Trajectory]]:
+def collected(groups):
     return [list(group.trajectories) for group in groups]
 
 
-def read(sink) -> dict[str, Trajectory]:
-    found = [Trajectory.from_json(json.loads(line)) for line in sink.read_text().splitlines()]
-    assert len({t.trajectory_id for t in found}) == len(found)
-    return {t.trajectory_id: t for t in found}
+@pytest.mark.parametrize(("count", "chunk_tokens"), [(1, 99), (3, 99), (2, 3)])
+def test_trajectories_are_the_same_on_any_engines(runtime, count, chunk_tokens):
+    asked = requests(5, 3)
+    coordinator = Coordinator(engines(runtime, count, chunk_tokens=chunk_tokens), EchoEnvironment(), LIMITS,
+                              runtime.client, LeastLoaded(spread=1))
+    assert collected(coordinator.collect(asked, step=1, seed=5, temperature=1.0)) == wanted(asked)
+    assert collected(coordinator.collect(asked, step=2, seed=6, temperature=1.0)) == wanted(asked, 2, 6)
 
 
-@pytest.mark.parametrize("count", [1, 3])
-def test_trajectories_are_the_same_on_any_engines(runtime, tmp_path, count):
-    asked, sink = requests(5, 3), tmp_path / "sink.jsonl"
-    coordinator = Coordinator(engines(runtime, count), EchoEnvironment, LIMITS)
-    groups, metrics = coordinator.collect(asked, "1", 5, 1.0, sink)
-    assert members(groups) == wanted(asked)
-    assert read(sink) == {t.trajectory_id: t for group in wanted(asked) for t in group}
-    assert metrics["rollout/tokens"] == sum(t.generated for group in wanted(asked) for t in group)
-    assert 0 <= metrics["rollout/engine_idle"] <= 1
-    again, _ = coordinator.collect(asked, "2", 6, 1.0, sink)
-    assert members(again) == wanted(asked, "2", 6)
-
-
-def test_no_engine_runs_more_than_its_slots_and_all_kv_is_released(runtime, tmp_path):
+def test_slots_kv_and_statistics(runtime):
     handles = engines(runtime, 2)
-    Coordinator(handles, EchoEnvironment, LIMITS).collect(requests(6, 4), "1", 5, 1.0, tmp_path / "sink.jsonl")
+    coordinator = Coordinator(handles, EchoEnvironment(), LIMITS, runtime.client)
+    groups = coordinator.collect(requests(6, 4), step=1, seed=5, temperature=1.0)
     for handle in handles:
-        statistics = handle.call("statistics").result()
-        assert statistics.decode_steps == LIMITS.slots  # where the scripted engine says how many it ran at most
+        statistics = runtime.result(handle.call("statistics"))
+        assert statistics.decode_steps <= LIMITS.slots  # the scripted engine reports here how many it ever ran at once
         assert statistics.cached_requests == 0
+    statistics = coordinator.statistics()
+    assert statistics.trajectories == 24
+    assert statistics.turns == sum(len(t.turns) for group in groups for t in group.trajectories)
+    assert statistics.generated_tokens == sum(t.generated for group in groups for t in group.trajectories)
+    assert statistics.cached_tokens == statistics.turns - 24  # it counts hits: every turn after the first
+    assert 0 <= statistics.engine_idle_share <= 1 and statistics.tokens_per_second > 0
 
 
-def test_a_coordinator_may_be_a_component_and_says_how_far_it_is(runtime, tmp_path):
+def test_a_coordinator_may_be_a_component_and_reports_progress(runtime, tmp_path):
     asked = requests(3, 2)
-    handle = runtime.spawn("coordinator", Coordinator, engines(runtime, 2), EchoEnvironment, LIMITS, threads=2)
-    running = handle.call("collect", asked, "1", 5, 1.0, tmp_path / "sink.jsonl")
-    assert handle.call("progress").result()[0] <= 6
-    assert members(running.result()[0]) == wanted(asked)
-    assert handle.call("progress").result() == (6, 6)
+    handle = runtime.spawn("coordinator", Coordinator, engines(runtime, 2), EchoEnvironment(), LIMITS, runtime.client)
+    running = handle.call("collect", asked, step=1, seed=5, temperature=1.0, sink=str(tmp_path / "sink.jsonl"))
+    assert runtime.result(handle.observe("progress")).finished <= 6
+    groups = runtime.result(running)
+    assert collected(groups) == wanted(asked)
+    tokens = sum(t.generated for group in groups for t in group.trajectories)
+    assert runtime.result(handle.observe("progress")) == Progress(6, 6, tokens)
+    kept = {t.trajectory_id: t for t in read_trajectories(tmp_path / "sink.jsonl")}
+    assert kept == {t.trajectory_id: t for group in groups for t in group.trajectories}
 
 
-@pytest.mark.parametrize("remote", [False, True])
-def test_an_engines_death_is_named_and_what_was_finished_is_kept(ray_runtime, tmp_path, remote):
+def test_an_engines_death_is_named_and_what_was_finished_is_kept(ray_runtime, tmp_path):
     sink, asked = tmp_path / "sink.jsonl", requests(6, 4)
-    handles = [*engines(ray_runtime, 1), engine(ray_runtime, "engine-doomed", crash_after=60)]
-    with pytest.raises(ComponentDied, match="(?s)^engine-doomed died: .*engine-doomed runs into its scripted end"):
-        if remote:
-            coordinator = ray_runtime.spawn("coordinator", Coordinator, handles, EchoEnvironment, LIMITS, threads=2)
-            coordinator.call("collect", asked, "1", 5, 1.0, sink).result()
-        else:
-            Coordinator(handles, EchoEnvironment, LIMITS).collect(asked, "1", 5, 1.0, sink)
+    handles = [
+        *engines(ray_runtime, 1),
+        ray_runtime.spawn("engine-doomed", EngineHost, ScriptedEngine, name="engine-doomed", crash_after=60)]
+    coordinator = Coordinator(handles, EchoEnvironment(), LIMITS, ray_runtime.client)
+    with pytest.raises(ComponentDied) as died:
+        coordinator.collect(asked, step=1, seed=5, temperature=1.0, sink=sink)
+    assert died.value.name == "engine-doomed"
+    assert "engine-doomed runs into its scripted end" in died.value.last_lines
+    kept = read_trajectories(sink)
+    assert len(kept) == coordinator.progress().finished > 0
     known = {t.trajectory_id: t for group in wanted(asked) for t in group}
-    kept = read(sink)
-    assert 0 < len(kept) < len(known)
-    assert all(known[name] == trajectory for name, trajectory in kept.items())
+    assert all(known[t.trajectory_id] == t for t in kept)
 
 
-def test_a_hung_engine_is_named_with_its_stack_while_others_work(ray_runtime, tmp_path):
+def test_a_torn_last_line_is_left_out(tmp_path):
+    sink = tmp_path / "sink.jsonl"
+    trajectory = expected(requests(1, 1)[0], 0, 1, 5, LIMITS)
+    from megatron_pbsd.rollout.sink import TrajectorySink
+
+    with TrajectorySink(sink) as writer:
+        writer.write(trajectory)
+    whole = sink.read_text()
+    sink.write_text(whole + whole[: len(whole) // 2])
+    assert read_trajectories(sink) == [trajectory]
+
+
+def test_a_hung_engine_is_named_with_its_stack(ray_runtime):
     limits = LIMITS.model_copy(update={"deadline_s": 1.0})
-    handles = [*engines(ray_runtime, 1), engine(ray_runtime, "engine-hung", hang_after=40)]
+    handles = [
+        *engines(ray_runtime, 1),
+        ray_runtime.spawn("engine-hung", EngineHost, ScriptedEngine, name="engine-hung", hang_after=40)]
     for handle in handles:
-        handle.call("statistics").result()
+        ray_runtime.result(handle.ready())
+    coordinator = Coordinator(handles, EchoEnvironment(), limits, ray_runtime.client)
     with pytest.raises(DeadlineExpired) as expired:
-        Coordinator(handles, EchoEnvironment, limits).collect(requests(6, 4), "1", 5, 1.0, tmp_path / "sink.jsonl")
-    assert "no finished chunk from engine-hung within rollout.deadline_s = 1\n" in str(expired.value)
-    assert "in collect" in str(expired.value)
+        coordinator.collect(requests(6, 4), step=1, seed=5, temperature=1.0)
+    assert expired.value.missing == ("engine-hung",)
+    assert "in collect" in expired.value.stacks and "scripted_rollout.py" in expired.value.stacks
+
+
+def test_an_error_in_the_environment_is_raised_as_it_is(runtime):
+    class Broken(EchoEnvironment):
+        def reply(self, task, turns, tokens):
+            raise LookupError(f"no answer to {task.task_id}")
+
+    coordinator = Coordinator(engines(runtime, 1), Broken(), LIMITS, runtime.client)
+    with pytest.raises(LookupError, match="no answer to train-0"):
+        coordinator.collect(requests(1, 1), step=1, seed=5, temperature=1.0)
+
+
+def test_group_ids_must_differ(runtime):
+    coordinator = Coordinator(engines(runtime, 1), EchoEnvironment(), LIMITS, runtime.client)
+    with pytest.raises(RolloutError, match=r"repeated are \['g0'\]"):
+        coordinator.collect(requests(1, 1) * 2, step=1, seed=5, temperature=1.0)

@@ -7,15 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import numpy as np
 
 from megatron_pbsd.errors import PbsdError
+from megatron_pbsd.resharding.manifest import WeightsManifest
 from megatron_pbsd.trajectory import FinishReason, VersionSpan
-
-if TYPE_CHECKING:  # a coordinator has no use for torch, which the manifest needs
-    from megatron_pbsd.resharding.manifest import WeightsManifest
 
 
 class EngineError(PbsdError):

@@ -8,8 +8,7 @@ from collections import defaultdict
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 
 from megatron_pbsd.rollout.engines.protocol import Chunk
 

@@ -13,6 +13,7 @@ from transformers.core_model_loading import Chunk, SplitModulelist, WeightConver
 from megatron_pbsd.resharding.manifest import WeightsManifest
 from megatron_pbsd.resharding.shared_memory import attach
 
+
 def checkpoint_views(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """Checkpoint name → view of the model's own memory; a tied tensor appears once.
 

@@ -1,0 +1,35 @@
+"""What can go wrong between components: one of them dies, or one of them does not answer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from megatron_pbsd.errors import PbsdError
+
+
+class ComponentDied(PbsdError):
+    """The process of component `name` is gone. `last_lines` is the end of what it wrote to its log."""
+
+    component = "controller"
+
+    def __init__(self, name: str, cause: str, last_lines: Sequence[str] = ()):
+        super().__init__(name, cause, tuple(last_lines))
+        self.name, self.cause, self.last_lines = name, cause, tuple(last_lines)
+
+    def __str__(self) -> str:
+        tail = "".join(f"\n  {self.name} | {line}" for line in self.last_lines)
+        return f"{self.name} died: {self.cause}" + (f"\nThe end of its log:{tail}" if tail else "")
+
+
+class DeadlineExpired(PbsdError):
+    """Components `missing` did not finish `phase` within `deadline_s`. `stacks` shows where each of them is."""
+
+    component = "controller"
+
+    def __init__(self, phase: str, deadline_s: float, missing: Sequence[str], stacks: str = ""):
+        super().__init__(phase, deadline_s, tuple(missing), stacks)
+        self.phase, self.deadline_s, self.missing, self.stacks = phase, deadline_s, tuple(missing), stacks
+
+    def __str__(self) -> str:
+        message = f"phase {self.phase!r}: no answer within {self.deadline_s:g} s from {', '.join(self.missing)}"
+        return f"{message}\n{self.stacks}" if self.stacks else message

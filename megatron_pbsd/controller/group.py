@@ -1,0 +1,30 @@
+"""Like components that are called together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from megatron_pbsd.controller.gather import gather
+from megatron_pbsd.controller.runtime import Future, Handle, Runtime
+
+
+class Group:
+    """`handles`: the members, in order. `deadline_s`: for every phase, seconds."""
+
+    kind: ClassVar[str]
+
+    def __init__(self, runtime: Runtime, handles: Sequence[Handle], deadline_s: float):
+        self.handles = list(handles)
+        self.names = [handle.name for handle in handles]
+        self._runtime, self._deadline_s = runtime, deadline_s
+
+    def ready(self) -> None:
+        """Wait until all members have been constructed."""
+        self._gather("start", [handle.ready() for handle in self.handles])
+
+    def call(self, method: str, *args: Any) -> list[Any]:
+        return self._gather(method, [handle.call(method, *args) for handle in self.handles])
+
+    def _gather(self, phase: str, futures: Sequence[Future]) -> list[Any]:
+        return gather(self._runtime, futures, phase=f"{self.kind}.{phase}", deadline_s=self._deadline_s)

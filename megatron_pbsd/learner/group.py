@@ -1,0 +1,61 @@
+"""All ranks of the learner as one."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from megatron_pbsd.batch import Batch
+from megatron_pbsd.controller.group import Group
+from megatron_pbsd.controller.runtime import Runtime
+from megatron_pbsd.resharding.manifest import WeightsManifest
+
+
+class LearnerGroup(Group):
+    """All ranks of the learner, called alike; see `learner.Learner` for what each method does."""
+
+    kind = "learner"
+
+    @classmethod
+    def spawn(
+        cls, runtime: Runtime, factory: Callable[..., Any], *, world_size: int, deadline_s: float, **arguments: Any
+    ) -> LearnerGroup:
+        """Start `factory(rank, rendezvous, **arguments)` for every rank. Does not wait for them: see `ready`."""
+        rendezvous = f"tcp://127.0.0.1:{free_port()}"
+        return cls(runtime, [
+            runtime.spawn(f"learner-{rank}", factory, rank, rendezvous, **arguments) for rank in range(world_size)
+        ], deadline_s)
+
+    def log_probs(self, batch: Batch) -> list[np.ndarray]:
+        return self.call("log_probs", self._runtime.share(batch))[0]
+
+    def step(self, batch: Batch) -> dict[str, float]:
+        return self.call("step", self._runtime.share(batch))[0]
+
+    def tensors(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        return self.call("tensors")[0]
+
+    def publish(self, manifest: WeightsManifest) -> None:
+        self.call("publish", manifest)
+
+    def differing(self, manifest: WeightsManifest) -> list[str]:
+        """Tensors that some rank finds published with other bytes than it holds."""
+        return list(dict.fromkeys(name for names in self.call("differing", manifest) for name in names))
+
+    def save(self, folder: str) -> None:
+        self.call("save", folder)
+
+    def load(self, folder: str) -> None:
+        self.call("load", folder)
+
+    def close(self) -> None:
+        self.call("close")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

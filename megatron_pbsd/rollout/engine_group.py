@@ -1,0 +1,42 @@
+"""All engines as one, between rollouts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from megatron_pbsd.controller.group import Group
+from megatron_pbsd.controller.runtime import Runtime
+from megatron_pbsd.resharding.manifest import WeightsManifest
+from megatron_pbsd.rollout.engines.host import EngineHost
+from megatron_pbsd.rollout.engines.protocol import EngineStatistics
+
+
+class EngineGroup(Group):
+    """Lists hold one entry per engine. See `rollout.engines.protocol.Engine`."""
+
+    kind = "engines"
+
+    @classmethod
+    def spawn(
+        cls, runtime: Runtime, factory: Callable[..., Any], *, count: int, deadline_s: float, **arguments: Any
+    ) -> EngineGroup:
+        """Start `factory(name=..., **arguments)` `count` times. Does not wait for them: see `ready`."""
+        names = [f"engine-{i}" for i in range(count)]
+        return cls(runtime, [
+            runtime.spawn(name, EngineHost, factory, name=name, **arguments) for name in names
+        ], deadline_s)
+
+    def update_weights(self, manifest: WeightsManifest, version: int) -> None:
+        self.call("update_weights", manifest, version)
+
+    def checksums(self) -> list[dict[str, str]]:
+        return self.call("checksums")
+
+    def score(self, sequences: Sequence[Sequence[int]]) -> list[list[np.ndarray]]:
+        return self.call("score", sequences)
+
+    def statistics(self) -> list[EngineStatistics]:
+        return self.call("statistics")

@@ -1,0 +1,39 @@
+"""An engine behind a handle: the engine protocol, and one combined call that costs one round trip."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from megatron_pbsd.resharding.manifest import WeightsManifest
+from megatron_pbsd.rollout.engines.protocol import Chunk, ChunkResult, Engine, EngineStatistics
+
+
+class EngineHost:
+    """Owns the engine that `factory(**arguments)` returns. See `protocol.Engine`."""
+
+    def __init__(self, factory: Callable[..., Engine], /, **arguments: Any):
+        self._engine = factory(**arguments)
+
+    def pump(self, submissions: Sequence[Chunk], releases: Sequence[str]) -> list[ChunkResult]:
+        """`release`, `submit`, then `collect`."""
+        self._engine.release(releases)
+        self._engine.submit(submissions)
+        return self._engine.collect()
+
+    def release(self, request_ids: Sequence[str]) -> None:
+        self._engine.release(request_ids)
+
+    def update_weights(self, manifest: WeightsManifest, version: int) -> None:
+        self._engine.update_weights(manifest, version)
+
+    def checksums(self) -> dict[str, str]:
+        return self._engine.checksums()
+
+    def score(self, sequences: Sequence[Sequence[int]]) -> list[np.ndarray]:
+        return self._engine.score(sequences)
+
+    def statistics(self) -> EngineStatistics:
+        return self._engine.statistics()
