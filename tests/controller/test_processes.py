@@ -4,11 +4,11 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import psutil
 import pytest
+from pbsd_process import none_left
 
 from megatron_pbsd.controller import guard
 
@@ -61,20 +61,7 @@ def test_no_process_outlives_the_driver(tmp_path, how, returned, said):
     _, errors = driver.communicate("\n", timeout=60)
     assert driver.returncode in returned, errors
     assert said in errors
-    end = time.monotonic() + 20
-    while (left := [process for process in started if is_alive(process)]) and time.monotonic() < end:
-        time.sleep(0.05)
-    for process in left:
-        process.kill()
-    assert not left
-
-
-def is_alive(process: psutil.Process) -> bool:
-    """Orphans that nobody reaps, as in a container, are dead too."""
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
+    assert none_left(started)
 
 
 def test_the_guard_spares_a_process_that_took_over_a_number(tmp_path):
