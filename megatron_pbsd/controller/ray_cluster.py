@@ -1,8 +1,8 @@
 """A Ray cluster on this machine that lives exactly as long as the driver.
 
-Ray binds the life of its servers to the driver's (PR_SET_PDEATHSIG), and actors end when their raylet does. Ray's agents
-would outlive a killed driver by a minute, looking for their server: a guard ends them. `close` makes the orderly end
-quick and complete.
+Ray binds the life of its servers to the driver's (PR_SET_PDEATHSIG), and actors end when their raylet does. Its agents
+would outlive a killed driver, looking for their server: a guard ends them. `close` makes the orderly end quick and
+complete.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Drives all engines and the environment from prompts to finished groups.
 
-Each engine has at most one `pump` call outstanding: what it is to forget, what it is to start, and the wait for its next
-finished chunks, in one round trip.
+Each engine has at most one `pump` call outstanding: what it is to forget, what it is to start, and the wait for its
+next finished chunks, in one round trip.
 """
 
 from __future__ import annotations
@@ -121,8 +121,8 @@ class Coordinator:
         prompt = tuple(environment.prompt(request.task))
         privileged = tuple(environment.privileged_prompt(request.task, request.privileged_answer))
         return [
-            EpisodeStart(f"{step}/{request.group_id}/{sample}", request.group_id, request.task, prompt, privileged, seed,
-                         temperature, tuple(environment.stop_token_ids))
+            EpisodeStart(f"{step}/{request.group_id}/{sample}", request.group_id, request.task, prompt, privileged,
+                         seed, temperature, tuple(environment.stop_token_ids))
             for sample in range(request.samples)]
 
     def _run(self, episodes: Sequence[Episode], sink: TrajectorySink) -> None:

@@ -51,7 +51,8 @@ def test_no_process_outlives_the_driver(tmp_path, how, returned, said):
     # A session of its own: Ctrl-C goes to every process of the terminal's group, Ray's and the actors' too.
     driver = subprocess.Popen(
         [sys.executable, "-c", DRIVER, str(tmp_path), how], text=True, start_new_session=True,
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])})
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])})
     started = [psutil.Process(int(pid)) for pid in driver.stdout.readline().split()]
     assert len(started) >= 3  # at least gcs_server, raylet and the actor
     if how == "SIGINT":
