@@ -14,14 +14,14 @@ from megatron_pbsd import losses, summary
 from megatron_pbsd.checkpointing.hf_export import export_hf
 from megatron_pbsd.checkpointing.store import CheckpointStore, read_manifest
 from megatron_pbsd.config import RunConfig
-from megatron_pbsd.controller.runtime import Client, Handle, Runtime, open_runtime
+from megatron_pbsd.controller.runtime import Handle, Runtime, open_runtime
 from megatron_pbsd.environments import Environment, build_environment
 from megatron_pbsd.learner.group import LearnerGroup
 from megatron_pbsd.observability.recorder import Recorder
 from megatron_pbsd.observability.records import TRAJECTORIES
 from megatron_pbsd.prompts import evaluation_requests
 from megatron_pbsd.resharding.publication import Publisher
-from megatron_pbsd.rollout.coordinator import Coordinator, RolloutRequest
+from megatron_pbsd.rollout.coordinator import RolloutRequest, build_coordinator
 from megatron_pbsd.rollout.engine_group import EngineGroup
 from megatron_pbsd.rollout.engines.protocol import Engine
 from megatron_pbsd.trajectory import Group
@@ -180,12 +180,6 @@ def build_engine(**arguments: Any) -> Engine:
 
 def start_coordinator(runtime: Runtime, config: RunConfig, engines: EngineGroup) -> Handle:
     return runtime.spawn("coordinator", build_coordinator, engines.handles, config, runtime.client)
-
-
-def build_coordinator(engines: Sequence[Handle], config: RunConfig, client: Client) -> Coordinator:
-    """In the coordinator's own process, where the environment's index will be used."""
-    environment = build_environment(config.environment, config.model.path)
-    return Coordinator(engines, environment, config.rollout, client)
 
 
 def _probe(environment: Environment, config: RunConfig) -> list[tuple[int, ...]]:

@@ -70,5 +70,15 @@ class Run:
 
 def none_left(processes: list[psutil.Process]) -> bool:
     """Whether all of `processes` end within a few seconds."""
-    _, alive = psutil.wait_procs(processes, timeout=15)
-    return not alive
+    end = time.monotonic() + 15
+    while (left := any(is_alive(process) for process in processes)) and time.monotonic() < end:
+        time.sleep(0.05)
+    return not left
+
+
+def is_alive(process: psutil.Process) -> bool:
+    """Orphans that nobody reaps, as in a container, are dead too."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False

@@ -137,7 +137,8 @@ def expected(request: RolloutRequest, sample: int, step: int, seed: int, limits)
         reply = environment.reply(request.task, turns, tokens)
         over = (reply.done or len(turns) + 1 == limits.max_turns
                 or len(context) + len(reply.observation) >= limits.max_context)
-        turn = Turn(tuple(tokens), (-0.5,) * len(tokens), reply.observation, reply.kind, "stop" if stopped else "length",
+        reason = "stop" if stopped else "length"
+        turn = Turn(tuple(tokens), (-0.5,) * len(tokens), reply.observation, reply.kind, reason,
                     (VersionSpan(0, 0, len(tokens)),), reply.answer_span)
         turns.append(turn if stopped else replace(turn, kind="truncated"))
         if over:

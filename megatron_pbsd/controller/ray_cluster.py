@@ -1,7 +1,8 @@
 """A Ray cluster on this machine that lives exactly as long as the driver.
 
-Ray binds the life of its servers to the driver's (PR_SET_PDEATHSIG), and actors end when their raylet does, so that
-nothing survives even a driver that is killed; `close` makes the orderly end quick and complete.
+Ray binds the life of its servers to the driver's (PR_SET_PDEATHSIG), and actors end when their raylet does. Its agents
+would outlive a killed driver, looking for their server: a guard ends them. `close` makes the orderly end quick and
+complete.
 """
 
 from __future__ import annotations
@@ -9,9 +10,13 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import signal
 import socket
+import subprocess
+import sys
 import tempfile
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,6 +24,7 @@ from typing import Any
 import psutil
 import ray
 
+from megatron_pbsd.controller import guard
 from megatron_pbsd.controller.ray_host import RayClient, RayHandle
 from megatron_pbsd.errors import UsageError
 
@@ -40,8 +46,10 @@ class RayRuntime(RayClient):
         self._logs = logs.resolve()
         self._folder = session_folder()
         self._strangers = set(psutil.Process().children())
+        self._guard: subprocess.Popen[bytes] | None = None
         try:
             start_ray(self._folder, port)
+            self._guard = start_guard(self._folder, self._processes())
         except BaseException:
             self.close()
             raise
@@ -56,9 +64,16 @@ class RayRuntime(RayClient):
     def share(self, value: Any) -> ray.ObjectRef:
         return ray.put(value)
 
-    def close(self) -> None:
+    def _processes(self) -> list[psutil.Process]:
+        """What this runtime started, Ray's servers and all below them."""
         servers = [child for child in psutil.Process().children() if child not in self._strangers]
-        processes = servers + [child for server in servers for child in children(server)]
+        return servers + [child for server in servers for child in children(server)]
+
+    def close(self) -> None:
+        if self._guard is not None:
+            self._guard.kill()
+            self._guard.communicate()
+        processes = self._processes()
         ray.shutdown()
         _, alive = psutil.wait_procs(processes, timeout=CLOSE_WAIT_S)
         for process in alive:
@@ -80,8 +95,16 @@ def children(process: psutil.Process) -> list[psutil.Process]:
         return []
 
 
+def start_guard(folder: Path, processes: Sequence[psutil.Process]) -> subprocess.Popen[bytes]:
+    """Ends `processes` and removes `folder` when this process is gone."""
+    command = [sys.executable, "-S", guard.__file__, str(folder), *(guard.identity(p.pid) for p in processes)]
+    # A session of its own: Ctrl-C is for the driver.
+    return subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+
+
 def start_ray(folder: Path, port: int | None) -> None:
     logging.getLogger("ray").setLevel(logging.ERROR)
+    terminate = signal.getsignal(signal.SIGTERM)
     with variables({} if port is None else {"RAY_GCS_SERVER_PORT": str(port)}):
         ray.init(
             address="local",
@@ -98,6 +121,9 @@ def start_ray(folder: Path, port: int | None) -> None:
         )
     # Ray prints the death of a worker to the driver's terminal whatever log_to_driver says; ComponentDied says it too.
     ray._private.worker._worker_logs_enabled = False
+    # Ray's handler, in native code, would end the driver on the spot; the program's own unwinds.
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, terminate)
 
 
 @contextmanager

@@ -54,7 +54,7 @@ class Runtime(Client, Protocol):
         """What to hand to components that call others."""
 
     def spawn(self, name: str, factory: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Handle:
-        """Start `factory(*args, **kwargs)`, a picklable class or function, as component `name`. Does not wait for it."""
+        """Start `factory(*args, **kwargs)`, a picklable class or function, as component `name`, without waiting."""
 
     def share(self, value: Any) -> Any:
         """Store an argument once for many receivers: pass what is returned, as an argument itself, in its place.
@@ -71,7 +71,7 @@ class Runtime(Client, Protocol):
 
 
 def open_runtime(kind: Literal["ray", "inline"], logs: Path, port: int | None = None) -> Runtime:
-    """Start a runtime. `logs`: folder for one log file per component. `port`: of the Ray head, None for any free one."""
+    """Start a runtime. `logs`: folder for a log file per component. `port`: of the Ray head, None for any free one."""
     if kind == "inline":
         from megatron_pbsd.controller.inline import InlineRuntime
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from megatron_pbsd.batch import Batch
 from megatron_pbsd.controller.group import Group
 from megatron_pbsd.controller.runtime import Runtime
-from megatron_pbsd.resharding.manifest import WeightsManifest
+
+if TYPE_CHECKING:
+    from megatron_pbsd.resharding.manifest import WeightsManifest
 
 
 class LearnerGroup(Group):

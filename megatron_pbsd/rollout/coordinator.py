@@ -1,7 +1,7 @@
 """Drives all engines and the environment from prompts to finished groups.
 
-Each engine has at most one `pump` call outstanding: what it is to forget, what it is to start, and the wait for its next
-finished chunks, in one round trip.
+Each engine has at most one `pump` call outstanding: what it is to forget, what it is to start, and the wait for its
+next finished chunks, in one round trip.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_pbsd.config import RolloutConfig
+from megatron_pbsd.config import RolloutConfig, RunConfig
 from megatron_pbsd.controller.failures import DeadlineExpired
 from megatron_pbsd.controller.gather import gather
 from megatron_pbsd.controller.runtime import Client, Future, Handle
-from megatron_pbsd.environments.protocol import Environment, Task
+from megatron_pbsd.environments import Environment, Task, build_environment
 from megatron_pbsd.rollout.engines.protocol import ChunkResult, EngineStatistics
 from megatron_pbsd.rollout.episode import Episode, EpisodeStart
 from megatron_pbsd.rollout.errors import RolloutError
@@ -121,8 +121,8 @@ class Coordinator:
         prompt = tuple(environment.prompt(request.task))
         privileged = tuple(environment.privileged_prompt(request.task, request.privileged_answer))
         return [
-            EpisodeStart(f"{step}/{request.group_id}/{sample}", request.group_id, request.task, prompt, privileged, seed,
-                         temperature, tuple(environment.stop_token_ids))
+            EpisodeStart(f"{step}/{request.group_id}/{sample}", request.group_id, request.task, prompt, privileged,
+                         seed, temperature, tuple(environment.stop_token_ids))
             for sample in range(request.samples)]
 
     def _run(self, episodes: Sequence[Episode], sink: TrajectorySink) -> None:
@@ -148,6 +148,12 @@ class Coordinator:
     def _engine_statistics(self) -> list[EngineStatistics]:
         return gather(self._client, [handle.call("statistics") for handle in self._engines.values()],
                       phase="rollout.statistics", deadline_s=self._config.deadline_s)
+
+
+def build_coordinator(engines: Sequence[Handle], config: RunConfig, client: Client) -> Coordinator:
+    """In the coordinator's own process, where the environment's index will be used."""
+    environment = build_environment(config.environment, config.model.path)
+    return Coordinator(engines, environment, config.rollout, client)
 
 
 class Pool:

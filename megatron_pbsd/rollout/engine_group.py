@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from megatron_pbsd.controller.group import Group
 from megatron_pbsd.controller.runtime import Runtime
-from megatron_pbsd.resharding.manifest import WeightsManifest
 from megatron_pbsd.rollout.engines.host import EngineHost
 from megatron_pbsd.rollout.engines.protocol import EngineStatistics
+
+if TYPE_CHECKING:
+    from megatron_pbsd.resharding.manifest import WeightsManifest
 
 
 class EngineGroup(Group):

@@ -140,6 +140,7 @@ def test_a_taken_port_names_the_key_and_a_free_one():
         taken.bind(("", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        with pytest.raises(UsageError, match=rf"ray_port = {port} is in use by another process; (\d+) is free") as error:
+        message = rf"ray_port = {port} is in use by another process; (\d+) is free"
+        with pytest.raises(UsageError, match=message) as error:
             check_port(port)
         assert is_free(int(str(error.value).split("; ")[1].split()[0]))

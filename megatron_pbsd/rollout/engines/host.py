@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from megatron_pbsd.resharding.manifest import WeightsManifest
 from megatron_pbsd.rollout.engines.protocol import Chunk, ChunkResult, Engine, EngineStatistics
+
+if TYPE_CHECKING:
+    from megatron_pbsd.resharding.manifest import WeightsManifest
 
 
 class EngineHost:

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from megatron_pbsd.errors import PbsdError
-from megatron_pbsd.resharding.manifest import WeightsManifest
 from megatron_pbsd.trajectory import FinishReason, VersionSpan
+
+if TYPE_CHECKING:  # which needs torch; a coordinator does not
+    from megatron_pbsd.resharding.manifest import WeightsManifest
 
 
 class EngineError(PbsdError):
