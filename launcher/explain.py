@@ -31,7 +31,8 @@ def explain(detail: ErrorDetails, settings: Settings) -> list[Problem]:
     path, inside = locate(detail["loc"])
     if detail["type"] == "value_error" and not path:
         return [conflict(message, settings) for message in str(detail["ctx"]["error"]).splitlines()]
-    dotted, source, given = ".".join(path), settings.source((*path, str(inside))), detail["input"]
+    dotted, given = ".".join(path), detail["input"]
+    source = settings.source(path if inside is None else (*path, str(inside)))
     setting = f"{dotted} = {shown(given)}"
     match detail["type"]:
         case "extra_forbidden":

@@ -50,8 +50,10 @@ class Settings:
     problems: list[Problem] = field(default_factory=list)
 
     def source(self, path: KeyPath) -> str:
-        """Where the value at `path`, or the section around it, was set."""
-        return next((self.sources[path[:n]] for n in range(len(path), 0, -1) if path[:n] in self.sources), "")
+        """Where the value at `path`, something inside it, or the section around it, was set."""
+        inside = [known for known in self.sources if known[: len(path)] == path]
+        around = [path[:n] for n in range(len(path) - 1, 0, -1)]
+        return next((self.sources[known] for known in (*inside, *around) if known in self.sources), "")
 
     def set(self, path: KeyPath, value: Any, source: str) -> None:
         node = self.values

@@ -69,7 +69,8 @@ class Batch(Mapping[str, list[np.ndarray]]):
             if SCHEMA[name].granularity == "token":
                 for i, (value, length) in enumerate(zip(values, lengths, strict=True)):
                     if value.shape != (length,):
-                        raise SchemaError(f"field {name!r} of sequence {i} has shape {value.shape}, expected ({length},)")
+                        raise SchemaError(
+                            f"field {name!r} of sequence {i} has shape {value.shape}, expected ({length},)")
 
     @staticmethod
     def _checked(name: str, values: Sequence[np.ndarray]) -> list[np.ndarray]:

@@ -29,7 +29,8 @@ def sampled(seed: int, request_id: str, position: int) -> int:
 class ScriptedEngine:
     """One token for every running chunk per round. `crash_after`, `hang_after`: tokens until it does."""
 
-    def __init__(self, name: str, crash_after: int | None = None, hang_after: int | None = None, chunk_tokens: int = 99):
+    def __init__(self, name: str, crash_after: int | None = None, hang_after: int | None = None,
+                 chunk_tokens: int = 99):
         self.name, self.crash_after, self.hang_after, self.chunk_tokens = name, crash_after, hang_after, chunk_tokens
         self.running: dict[str, tuple[Chunk, list[int]]] = {}
         self.kept: set[str] = set()

@@ -28,7 +28,10 @@ class TensorEntry:
 
 @dataclass(frozen=True)
 class WeightsManifest:
-    """segment: name of the shared-memory segment (resharding.shared_memory) that holds `entries`, in order, without gaps but alignment."""
+    """segment: name of the shared-memory segment (resharding.shared_memory) that holds `entries`, in order.
+
+    nbytes: size of the segment, alignment gaps included.
+    """
 
     segment: str
     entries: tuple[TensorEntry, ...]

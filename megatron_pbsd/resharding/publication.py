@@ -84,8 +84,8 @@ class Publisher:
             if not difference <= self._tolerance:
                 raise PublicationError(
                     f"version {version}: log-probs of {engine} differ from the learner's by {difference:.3g} nats, "
-                    f"expected at most rollout.probe_tolerance = {self._tolerance:g}. All tensors are bit-identical, so "
-                    "the model code or the parameter map of this family differs between the two: "
+                    f"expected at most rollout.probe_tolerance = {self._tolerance:g}. All tensors are bit-identical, "
+                    "so the model code or the parameter map of this family differs between the two: "
                     + ", ".join(entry.name for entry in self._manifest.entries))
             worst = max(worst, difference)
         return worst

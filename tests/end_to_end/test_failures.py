@@ -95,7 +95,7 @@ def test_a_full_disk_at_checkpoint_time_is_said(pbsd, tmp_path_factory):
 
 
 @pytest.mark.parametrize(("options", "parts"), [
-    (("--learner.paralel.tp", "2"), ("learner.paralel", "learner.parallel")),
+    (("--learner.paralel.tp", "2"), ("learner.paralel", "'parallel'", "command line")),
     (("--learner.parallel.world_size", "3"), ("world_size = 3", "tp * pp")),
     (("--learner.parallel.world_size", "8", "--learner.parallel.tp", "8"), ("learner.parallel.tp", "8")),
     (("--model.path", "assets/no_such_model"), ("model.path", "no_such_model")),

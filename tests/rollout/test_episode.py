@@ -28,7 +28,7 @@ def said(episode: Episode, *tokens: int, reason: str = "stop", version: int = 0)
 @settings(deadline=None, max_examples=60)
 @given(turns=st.integers(1, 5), turn_tokens=st.integers(1, 12), context=st.integers(8, 60), chunk=st.integers(1, 12),
        sample=st.integers(0, 30))
-def test_an_episode_is_the_plain_loop_over_turns_however_it_is_cut_into_chunks(turns, turn_tokens, context, chunk, sample):
+def test_an_episode_is_the_plain_loop_however_it_is_cut(turns, turn_tokens, context, chunk, sample):
     limits = RolloutConfig(max_turns=turns, max_turn_tokens=turn_tokens, max_context=context)
     engine, episode = ScriptedEngine("e", chunk_tokens=chunk), begin(limits, sample=sample)
     while not episode.finished:
