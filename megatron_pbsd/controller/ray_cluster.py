@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -45,14 +45,17 @@ class RayRuntime(RayClient):
         logs.mkdir(parents=True, exist_ok=True)
         self._logs = logs.resolve()
         self._folder = session_folder()
-        self._strangers = set(psutil.Process().children())
         self._guard: subprocess.Popen[bytes] | None = None
+        before = set(psutil.Process().children())
         try:
             start_ray(self._folder, port)
-            self._guard = start_guard(self._folder, self._processes())
         except BaseException:
+            self._servers = new_children(before)
             self.close()
             raise
+        # Only what Ray has started by now: other children of the driver are none of ours.
+        self._servers = new_children(before)
+        self._guard = start_guard(self._folder, self._processes())
 
     @property
     def client(self) -> RayClient:
@@ -66,8 +69,7 @@ class RayRuntime(RayClient):
 
     def _processes(self) -> list[psutil.Process]:
         """What this runtime started, Ray's servers and all below them."""
-        servers = [child for child in psutil.Process().children() if child not in self._strangers]
-        return servers + [child for server in servers for child in children(server)]
+        return self._servers + [child for server in self._servers for child in children(server)]
 
     def close(self) -> None:
         if self._guard is not None:
@@ -86,6 +88,10 @@ class RayRuntime(RayClient):
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+def new_children(before: Collection[psutil.Process]) -> list[psutil.Process]:
+    return [child for child in psutil.Process().children() if child not in before]
 
 
 def children(process: psutil.Process) -> list[psutil.Process]:

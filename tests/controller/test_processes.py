@@ -76,3 +76,21 @@ def test_the_guard_spares_a_process_that_took_over_a_number(tmp_path):
     subprocess.run([sys.executable, "-S", guard.__file__, str(folder), guard.identity(other.pid)],
                    stdin=subprocess.DEVNULL, check=True)
     assert other.wait(timeout=10) == -signal.SIGKILL
+
+
+def test_closing_leaves_other_children_of_the_driver_alone(tmp_path):
+    """A logger's service, say, that was started while the cluster ran."""
+    script = """
+import subprocess, sys
+from pathlib import Path
+from megatron_pbsd.controller.runtime import open_runtime
+
+with open_runtime("ray", Path(sys.argv[1])) as runtime:
+    runtime.result(runtime.spawn("list", list).ready())
+    other = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+print(other.poll())
+other.communicate(b"end")
+"""
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=True,
+                          cwd=Path(__file__).parents[2])
+    assert done.stdout.split() == ["None"]

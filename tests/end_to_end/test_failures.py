@@ -44,7 +44,8 @@ def test_a_killed_driver_leaves_nothing_behind_and_resumes_to_the_same_losses(pb
     assert [row["step"] for row in resumed] == [row["step"] for row in whole]
     for ours, theirs in zip(resumed[1:], whole[1:], strict=True):
         for key in ("reward/mean", "loss/total", "grad_norm", "lr", "credit/evidence_per_token", "rollout/tokens"):
-            assert ours[key] == theirs[key], (ours["step"], key)
+            # Bit for bit where a matrix product's bits do not depend on the batch; to rounding elsewhere.
+            assert ours[key] == pytest.approx(theirs[key], rel=1e-4, abs=1e-6), (ours["step"], key)
 
 
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
