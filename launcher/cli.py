@@ -130,6 +130,7 @@ def _train(arguments: argparse.Namespace) -> int:
         from megatron_pbsd.train import main as train
 
         train(config, resume=arguments.resume)
+        print(f"report: {config.folder / 'report.html'}")
     except UsageError:
         raise
     except KeyboardInterrupt:
