@@ -152,7 +152,7 @@ class GRPOConfig(Section):
 
 
 class PBSDConfig(Section):
-    """Privileged Bayesian self-distillation: GRPO's outcome advantage redistributed over turns (PBSD.md)."""
+    """Privileged Bayesian self-distillation: GRPO's outcome advantage redistributed over turns (docs/pbsd.md)."""
 
     name: Literal["pbsd"] = "pbsd"
     """Selects this algorithm."""

@@ -47,7 +47,7 @@ def tasks_between(tasks: Sequence[Task], seed: int, start: int, stop: int) -> li
 
 
 def disclosed_answers(environment: Environment, tasks: Sequence[Task], config: RunConfig) -> list[str]:
-    """What the privileged prompt discloses: the verified answer, or a control's stand-in for it (PBSD.md, trap 6)."""
+    """What the privileged prompt discloses: the verified answer, or a control's stand-in for it (docs/pbsd.md)."""
     control = config.algorithm.teacher_answer if config.algorithm.name == "pbsd" else "verified"
     answers = [task.answers[0] for task in tasks]
     if control == "shuffled":

@@ -65,7 +65,7 @@ class Trajectory:
     privileged_prompt:  ids the teacher is conditioned on: the same prompt with the verified answer in it.
     reward:             outcome reward; None until the environment has scored the trajectory.
     scores:             further outcome measures (exact_match, f1, …) for reporting.
-    evidence:           one number per turn (PBSD.md: e_k, nats), filled in by algorithms that compute it.
+    evidence:           one number per turn (docs/pbsd.md: e_k, nats), filled in by algorithms that compute it.
     """
 
     trajectory_id: str

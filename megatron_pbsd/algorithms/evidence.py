@@ -1,4 +1,4 @@
-"""Turn-level evidence for the verified answer (PBSD.md, 'Evidence').
+"""Turn-level evidence for the verified answer (docs/pbsd.md, 'Evidence').
 
     e_k = sum over tokens t of turn k of  log pi_teacher(y_t) - log pi_student(y_t)
 

@@ -1,4 +1,4 @@
-"""PBSD: the outcome advantage of a trajectory, redistributed over its turns by their evidence (PBSD.md)."""
+"""PBSD: the outcome advantage of a trajectory, redistributed over its turns by their evidence (docs/pbsd.md)."""
 
 from __future__ import annotations
 

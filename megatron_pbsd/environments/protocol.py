@@ -55,7 +55,7 @@ class Environment(Protocol):
         """Token ids the student starts from."""
 
     def privileged_prompt(self, task: Task, answer: str) -> tuple[int, ...]:
-        """The same with `answer` disclosed: the teacher's (PBSD.md, Setting)."""
+        """The same with `answer` disclosed: the teacher's (docs/pbsd.md, 'Setting')."""
 
     def neutral_text(self, answer: str) -> str:
         """Text of as many tokens as `answer` that says nothing: a control for the teacher."""
