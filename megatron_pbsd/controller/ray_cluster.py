@@ -123,7 +123,12 @@ def start_ray(folder: Path, port: int | None) -> None:
             logging_level=logging.ERROR,
             runtime_env={"env_vars": ENVIRONMENT},
             _temp_dir=str(folder),
-            _system_config={"enable_metrics_collection": False, "enable_core_worker_task_event_to_gcs": False},
+            _system_config={
+                "enable_metrics_collection": False,
+                "enable_core_worker_task_event_to_gcs": False,
+                # Ray would run components at nice 15, behind whatever else the machine does.
+                "worker_niceness": 0,
+            },
         )
     # Ray prints the death of a worker to the driver's terminal whatever log_to_driver says; ComponentDied says it too.
     ray._private.worker._worker_logs_enabled = False
