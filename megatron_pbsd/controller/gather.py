@@ -49,4 +49,5 @@ def _raise_death_among(client: Client, pending: Sequence[Future]) -> None:
             except ComponentDied:
                 raise
             except Exception:
+                # A consequence of the failure that the caller is about to raise.
                 continue

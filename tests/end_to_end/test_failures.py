@@ -27,6 +27,10 @@ def test_a_component_that_dies_is_named_and_finished_trajectories_stay(pbsd, vic
     for path in (run.folder / "trajectories").glob("*.jsonl"):
         for line in path.read_text().splitlines(keepends=True):
             assert not line.endswith("\n") or json.loads(line)
+    if victim.startswith("learner"):
+        # The rollout of the step that failed was complete: all of it is there, scored or not yet.
+        files = [run.folder / "trajectories" / f"step_{done + 1:06d}{end}" for end in (".jsonl", ".unscored.jsonl")]
+        assert 16 in [len(path.read_text().splitlines()) for path in files if path.exists()]
     assert (run.folder / "error.log").read_text()
 
 
