@@ -23,7 +23,8 @@ Granularity = Literal["token", "turn", "trajectory"]
 
 @dataclass(frozen=True)
 class Field:
-    """dtype: numpy name. fill: value of padding. context_parallel: how a CP rank gets its part."""
+    """dtype: numpy name. fill: value of padding. context_parallel: how a CP rank gets its part.
+    extra_dims: dimensions after the first, equal for all sequences of a batch."""
 
     name: str
     dtype: str
@@ -31,6 +32,7 @@ class Field:
     fill: float
     context_parallel: Literal["zigzag", "replicate"]
     meaning: str
+    extra_dims: int = 0
 
 
 SCHEMA: dict[str, Field] = {
@@ -42,7 +44,15 @@ SCHEMA: dict[str, Field] = {
         Field("answer_mask", "float32", "token", 0, "zigzag", "1 inside the final answer's text"),
         Field("rollout_log_probs", "float32", "token", 0, "zigzag", "engine's log-prob when sampled (nats)"),
         Field("old_log_probs", "float32", "token", 0, "zigzag", "learner's log-prob before the update (nats)"),
+        Field("teacher_log_probs", "float32", "token", 0, "zigzag", "the same token under the privileged prompt (nats)"),
+        Field("teacher_top_tokens", "int64", "token", 0, "zigzag", "the teacher's likeliest tokens here, [K]", 1),
+        Field("teacher_top_log_probs", "float32", "token", 0, "zigzag", "their log-probs (nats), [K]", 1),
         Field("advantages", "float32", "token", 0, "zigzag", "credit of a generated token"),
+        Field("values", "float32", "token", 0, "zigzag", "value head's estimate before the token, before the update"),
+        Field("returns", "float32", "token", 0, "zigzag", "what the value head should have estimated"),
+        Field("routed_experts", "int16", "token", 0, "zigzag",
+              "experts that read this token, [MoE layers, top-k]", 2),
+        Field("group", "int64", "trajectory", 0, "replicate", "which prompt group the trajectory belongs to"),
         Field("reward", "float32", "trajectory", 0, "replicate", "outcome reward"),
     )
 }
@@ -55,7 +65,7 @@ class SchemaError(ValueError):
 class Batch(Mapping[str, list[np.ndarray]]):
     """Ragged columns: `batch[name][i]` is the array of sequence `i`.
 
-    Token fields have shape [T_i] (T_i = length of `tokens[i]`), turn fields [K_i], trajectory fields [].
+    Token fields have shape [T_i, …] (T_i = length of `tokens[i]`), turn fields [K_i], trajectory fields [].
     """
 
     def __init__(self, columns: Mapping[str, Sequence[np.ndarray]]):
@@ -68,9 +78,11 @@ class Batch(Mapping[str, list[np.ndarray]]):
                 raise SchemaError(f"field {name!r} has {len(values)} sequences, 'tokens' has {len(lengths)}")
             if SCHEMA[name].granularity == "token":
                 for i, (value, length) in enumerate(zip(values, lengths, strict=True)):
-                    if value.shape != (length,):
+                    extra = values[0].shape[1:]
+                    if value.shape != (length, *extra) or len(extra) != SCHEMA[name].extra_dims:
+                        expected = ", ".join([str(length), *(["n"] * SCHEMA[name].extra_dims)])
                         raise SchemaError(
-                            f"field {name!r} of sequence {i} has shape {value.shape}, expected ({length},)")
+                            f"field {name!r} of sequence {i} has shape {value.shape}, expected ({expected})")
 
     @staticmethod
     def _checked(name: str, values: Sequence[np.ndarray]) -> list[np.ndarray]:

@@ -27,7 +27,8 @@ class ModelConfig(Section):
 
 
 class ParallelConfig(Section):
-    """Layout of the learner; data-parallel size is world_size / (tp * pp)."""
+    """Layout of the learner. Attention and dense layers: world_size = tp * pp * cp * dp, of which dp is derived.
+    Experts divide the same ranks as etp * ep * pp * expert dp."""
 
     world_size: PositiveInt = 2
     """Number of learner ranks."""
@@ -35,19 +36,46 @@ class ParallelConfig(Section):
     """Tensor-parallel size."""
     pp: PositiveInt = 1
     """Pipeline-parallel size."""
+    vpp: PositiveInt = 1
+    """Virtual pipeline stages per rank (interleaved schedule); 1 is the plain 1F1B schedule."""
+    cp: PositiveInt = 1
+    """Context-parallel size: a sequence is divided over this many ranks."""
+    ep: PositiveInt = 1
+    """Expert-parallel size: experts are divided over this many ranks. Mixture-of-experts models only."""
+    etp: PositiveInt = 1
+    """Tensor-parallel size inside an expert."""
+    sequence_parallel: bool | None = None
+    """Divide activations between tensor-parallel layers as well; None: on GPUs, and wherever experts meet tp > 1."""
 
     @property
     def dp(self) -> int:
-        return self.world_size // (self.tp * self.pp)
+        return self.world_size // (self.tp * self.pp * self.cp)
+
+    @property
+    def expert_dp(self) -> int:
+        return self.world_size // (self.etp * self.ep * self.pp)
 
     @model_validator(mode="after")
     def _divides(self) -> ParallelConfig:
-        if self.world_size % (self.tp * self.pp):
-            valid = sorted({t * p for t in range(1, self.world_size + 1) for p in range(1, self.world_size + 1)
-                            if self.world_size % (t * p) == 0})
-            raise ValueError(
-                f"world_size = {self.world_size} is not a multiple of tp * pp = {self.tp} * {self.pp} = "
-                f"{self.tp * self.pp}; with {self.world_size} ranks tp * pp may be one of {valid}")
+        problems = []
+        size = self.tp * self.pp * self.cp
+        if self.world_size % size:
+            valid = [n for n in range(1, self.world_size + 1) if self.world_size % n == 0]
+            problems.append(
+                f"world_size = {self.world_size} is not a multiple of tp * pp * cp = {self.tp} * {self.pp} * {self.cp} "
+                f"= {size}; with {self.world_size} ranks tp * pp * cp may be one of {valid}")
+        elif (self.world_size // self.pp) % (self.ep * self.etp):
+            ranks = self.world_size // self.pp
+            valid = [n for n in range(1, ranks + 1) if ranks % n == 0]
+            problems.append(
+                f"ep * etp = {self.ep} * {self.etp} = {self.ep * self.etp} does not divide the {ranks} ranks of a "
+                f"pipeline stage (tp * cp * dp); it may be one of {valid}")
+        if self.vpp > 1 and self.pp == 1:
+            problems.append(f"vpp = {self.vpp} needs a pipeline: set pp to 2 or more, or vpp to 1")
+        if self.sequence_parallel and self.tp == 1:
+            problems.append("sequence_parallel = True needs tp of 2 or more")
+        if problems:
+            raise ValueError("\n".join(problems))
         return self
 
 
@@ -74,13 +102,43 @@ class OptimizerConfig(Section):
     """Largest global gradient norm."""
 
 
+class MoEConfig(Section):
+    """Mixture-of-experts training; without effect on dense models."""
+
+    routing_replay: bool = False
+    """Use the experts that the rollout engine chose in every pass of the learner (R3, arXiv 2510.11370), and the
+    student's experts in the teacher pass."""
+    load_balancing: Literal["none", "aux_loss", "seq_aux_loss"] = "none"
+    """Auxiliary balancing loss (Switch Transformer, arXiv 2101.03961, eq. 4) over a micro-batch or per sequence."""
+    aux_loss_coefficient: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the auxiliary loss."""
+    z_loss_coefficient: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the router z-loss (ST-MoE, arXiv 2202.08906, eq. 5)."""
+    expert_bias_update_rate: Annotated[float, Field(ge=0)] = 0.0
+    """Step of the auxiliary-loss-free balancing bias (DeepSeek-V3, arXiv 2412.19437, section 2.1.2); 0 freezes it."""
+
+
 class LearnerConfig(Section):
     parallel: ParallelConfig = ParallelConfig()
     """Layout of the learner's ranks."""
     optimizer: OptimizerConfig = OptimizerConfig()
     """Adam and its learning rate."""
+    moe: MoEConfig = MoEConfig()
+    """Routing and balancing of experts."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of parameters and activations; optimizer state, master weights and gradients are float32 always. `auto` is
+    bfloat16 on GPUs and float32 on a CPU."""
+    distributed_optimizer: bool | None = None
+    """Divide optimizer state over data-parallel ranks; None: on GPUs."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Activations recomputed in the backward pass: none, those of core attention, or whole layers."""
+    batching: Literal["packed", "padded"] = "packed"
+    """`packed` lays sequences end to end (THD); `padded` gives each a row of its own."""
     micro_batch_tokens: PositiveInt = 4096
-    """Upper bound of padded tokens in one micro-batch; sequences of like length share one."""
+    """Upper bound of token positions that one rank holds in one micro-batch; over context-parallel ranks a sequence
+    may be cp times as long."""
+    logits_tokens: PositiveInt = 1024
+    """Positions whose logits exist at a time; the backward pass computes them again when a micro-batch has more."""
     updates_per_step: PositiveInt = 1
     """Optimizer steps per rollout batch: groups are dealt to this many mini-batches."""
     deadline_s: Annotated[float, Field(gt=0)] = 300.0

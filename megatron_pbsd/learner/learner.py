@@ -165,20 +165,23 @@ class Learner:
         group = parallel_state.get_tensor_model_parallel_group()
         return log_probs_and_entropy(logits[0], self._tensor(micro.targets), group)
 
-    def _loss(self, micro: MicroBatch, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, LossOutput]:
+    def _loss(self, micro: MicroBatch, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, tuple[int, LossOutput]]:
         log_probs, entropy = self._token_log_probs(micro, logits)
         fields = {name: self._tensor(micro.fields[name]) for name in self.loss.fields}
-        output = self.loss.function(LossInputs(log_probs, entropy, torch.ones_like(log_probs), **fields))
-        return output.loss, output.tokens, output
+        _, sequence = torch.unique(self._tensor(micro.sequences), return_inverse=True)
+        output = self.loss.function(LossInputs(
+            log_probs, entropy, torch.ones_like(log_probs), sequence, len(set(micro.sequences)), fields))
+        tokens = torch.tensor(len(log_probs), dtype=torch.int32, device=self.device)
+        return output.loss, tokens, (int(tokens), output)
 
-    def _global_metrics(self, outputs: list[LossOutput]) -> dict[str, float]:
+    def _global_metrics(self, outputs: list[tuple[int, LossOutput]]) -> dict[str, float]:
         """Sums over the global batch per token, and maxima, from the ranks that computed a loss."""
         mine = None
         if outputs and parallel_state.get_tensor_model_parallel_rank() == 0:
             mine = (
-                sum(int(o.tokens) for o in outputs),
-                {name: math.fsum(float(o.sums[name]) for o in outputs) for name in outputs[0].sums},
-                {name: max(float(o.maxima[name]) for o in outputs) for name in outputs[0].maxima})
+                sum(count for count, _ in outputs),
+                {name: math.fsum(float(o.sums[name]) for _, o in outputs) for name in outputs[0][1].sums},
+                {name: max(float(o.maxima[name]) for _, o in outputs) for name in outputs[0][1].maxima})
         gathered: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(gathered, mine)
         shares = [share for share in gathered if share is not None]

@@ -7,8 +7,9 @@ from functools import partial
 from megatron_pbsd.config import PolicyLossConfig, SFTConfig
 from megatron_pbsd.losses import policy, sft
 from megatron_pbsd.losses.inputs import Loss, LossInputs, LossOutput
+from megatron_pbsd.losses.reduction import token_weights
 
-__all__ = ["Loss", "LossInputs", "LossOutput", "build"]
+__all__ = ["Loss", "LossInputs", "LossOutput", "build", "token_weights"]
 
 
 def build(config: PolicyLossConfig | SFTConfig) -> Loss:

@@ -2,48 +2,76 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
+
+Reduction = Literal["token", "turn", "trajectory", "group", "constant"]
+Output = Literal["values", "candidates"]
 
 
 @dataclass(frozen=True)
 class LossInputs:
-    """Per-token float32 tensors [N] of one micro-batch; padding is not among them.
+    """The tokens of one micro-batch that are trained on, float32 [N] per token unless said otherwise.
 
-    log_probs:          of each token under the policy being trained (nats), with gradient.
-    entropy:            of the distribution it was drawn from (nats), with gradient.
-    mask:               weight of the token, 0 or 1.
-    advantages, old_log_probs, rollout_log_probs:  as in `batch.SCHEMA`; None where the loss does not ask for them.
+    Neither padding nor prompts nor observations are among them. Under context parallelism a rank has only some tokens
+    of each sequence: use `over_sequence` for what depends on all of them.
+
+    log_probs:   of each token under the policy being trained (nats), with gradient.
+    entropy:     of the distribution it was drawn from (nats), with gradient.
+    weights:     from the loss's reduction (`losses.reduction`); the loss is `sum(weights * per_token)`.
+    sequence:    int64 [N], which of the micro-batch's sequences the token belongs to, 0 … sequences - 1.
+    sequences:   sequences in the micro-batch.
+    fields:      name → [N, …], the columns of the batch that the loss declares; fields of a turn or a trajectory
+                 are repeated for each of its tokens.
+    values:      the value head's estimate before the token, with gradient, if the loss asks for it.
+    candidate_log_probs:  [N, K], of the tokens in `fields["teacher_top_tokens"]`, with gradient, if asked for.
+    over_context:  sums a tensor over context-parallel ranks, in the forward and in the backward pass.
     """
 
     log_probs: torch.Tensor
     entropy: torch.Tensor
-    mask: torch.Tensor
-    advantages: torch.Tensor | None = None
-    old_log_probs: torch.Tensor | None = None
-    rollout_log_probs: torch.Tensor | None = None
+    weights: torch.Tensor
+    sequence: torch.Tensor
+    sequences: int
+    fields: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    values: torch.Tensor | None = None
+    candidate_log_probs: torch.Tensor | None = None
+    over_context: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self.fields[name]
+
+    def over_sequence(self, per_token: torch.Tensor) -> torch.Tensor:
+        """Sum of [N] over each whole sequence, [sequences]; differentiable."""
+        sums = per_token.new_zeros(self.sequences).index_add(0, self.sequence, per_token)
+        return self.over_context(sums)
 
 
 @dataclass(frozen=True)
 class LossOutput:
-    """loss: sum over tokens, with gradient. tokens: their number, int32 [].
+    """loss: sum of weighted token losses of this micro-batch, with gradient.
 
     sums:    name → sum over tokens; reported as the mean per token of the global batch.
-    maxima:  name → largest value; reported as the largest of the global batch.
+    maxima:  name → largest non-negative value; reported as the largest of the global batch.
     """
 
     loss: torch.Tensor
-    tokens: torch.Tensor
     sums: dict[str, torch.Tensor] = field(default_factory=dict)
     maxima: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Loss:
-    """fields: columns of the batch that the function reads besides tokens and loss_mask."""
+    """fields:     columns of the batch that the function reads besides tokens and loss_mask.
+    reduction:  over what token losses are averaged; see `losses.reduction`.
+    outputs:    what the model must compute besides log-probabilities and entropy.
+    """
 
     name: str
     fields: tuple[str, ...]
     function: Callable[[LossInputs], LossOutput]
+    reduction: Reduction = "token"
+    outputs: tuple[Output, ...] = ()

@@ -16,43 +16,43 @@ def k3(log_ratio: torch.Tensor) -> torch.Tensor:
 
 
 def policy_loss(inputs: LossInputs, config: PolicyLossConfig) -> LossOutput:
-    """Mean over the tokens in the mask of
+    """Weighted mean over tokens of
 
         - w min(r A, clip(r, 1 - clip_low, 1 + clip_high) A) + kl_coefficient k3 - entropy_coefficient H
 
     with r = pi / pi_old (PPO, arXiv 1707.06347, eq. 7; decoupled bounds and token mean from DAPO, arXiv 2503.14476)
     and w = min(pi_old / pi_rollout, mismatch_cap), the truncated importance weight of each token.
     """
-    mask = inputs.mask
-    log_ratio = inputs.log_probs - inputs.old_log_probs
+    advantages, old_log_probs, rollout_log_probs = (inputs[name] for name in FIELDS)
+    log_ratio = inputs.log_probs - old_log_probs
     ratio = log_ratio.exp()
     clipped = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
-    objective = torch.minimum(ratio * inputs.advantages, clipped * inputs.advantages)
-    mismatch = inputs.old_log_probs - inputs.rollout_log_probs
+    objective = torch.minimum(ratio * advantages, clipped * advantages)
+    mismatch = old_log_probs - rollout_log_probs
     weight = mismatch.exp().clamp(max=config.mismatch_cap)
     per_token = -weight * objective
     if config.kl_coefficient:
         per_token = per_token + config.kl_coefficient * k3(-log_ratio)
     if config.entropy_coefficient:
         per_token = per_token - config.entropy_coefficient * inputs.entropy
-    loss = (per_token * mask).sum()
+    loss = (per_token * inputs.weights).sum()
 
     with torch.no_grad():
-        active = clipped * inputs.advantages < ratio * inputs.advantages
+        active = clipped * advantages < ratio * advantages
         sums = {
             "loss/total": loss,
-            "loss/ratio_mean": (ratio * mask).sum(),
-            "loss/clip_fraction": (active * mask).sum(),
-            "loss/entropy": (inputs.entropy * mask).sum(),
-            "loss/kl_old": (k3(-log_ratio) * mask).sum(),
-            "loss/kl_rollout": (k3(mismatch) * mask).sum(),
-            "loss/mismatch_weight": (weight * mask).sum(),
+            "loss/ratio_mean": ratio.sum(),
+            "loss/clip_fraction": active.sum(),
+            "loss/entropy": inputs.entropy.sum(),
+            "loss/kl_old": k3(-log_ratio).sum(),
+            "loss/kl_rollout": k3(mismatch).sum(),
+            "loss/mismatch_weight": weight.sum(),
         }
         maxima = {
-            "loss/ratio_max": _largest(ratio * mask),
-            "loss/mismatch_max_abs": _largest(mismatch.abs() * mask),
+            "loss/ratio_max": _largest(ratio),
+            "loss/mismatch_max_abs": _largest(mismatch.abs()),
         }
-    return LossOutput(loss, mask.sum().to(torch.int32), {k: v.detach() for k, v in sums.items()}, maxima)
+    return LossOutput(loss, {k: v.detach() for k, v in sums.items()}, maxima)
 
 
 def _largest(values: torch.Tensor) -> torch.Tensor:

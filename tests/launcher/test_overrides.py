@@ -128,7 +128,7 @@ def test_conflict_of_sections_names_key_value_and_line(problems):
     found = problems(MINIMAL + "runtime: inline\n")
     assert "learner.parallel.world_size = 2" in found["learner.parallel.world_size"]
     found = problems(MINIMAL, "--learner.parallel.world_size", "3")
-    assert "tp * pp may be one of [1, 3]" in found["learner.parallel"]
+    assert "tp * pp * cp may be one of [1, 3]" in found["learner.parallel"]
 
 
 def test_duplicate_keys_are_named_with_both_lines(problems):

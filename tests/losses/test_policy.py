@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
@@ -20,27 +21,27 @@ def inputs(seed: int = 0) -> LossInputs:
     old = -3 + 0.5 * torch.randn(N)
     return LossInputs(
         log_probs=(old + 0.3 * torch.randn(N)).requires_grad_(), entropy=torch.rand(N).requires_grad_(),
-        mask=(torch.rand(N) < 0.7).float(), advantages=torch.randn(N), old_log_probs=old,
-        rollout_log_probs=old + 0.3 * torch.randn(N))
+        weights=torch.rand(N), sequence=torch.zeros(N, dtype=torch.int64), sequences=1,
+        fields={"advantages": torch.randn(N), "old_log_probs": old,
+                "rollout_log_probs": old + 0.3 * torch.randn(N)})
 
 
 def reference(x: LossInputs, c: PolicyLossConfig) -> tuple[torch.Tensor, dict[str, float]]:
     total, clipped, highest = torch.zeros(()), 0, 0.0
     for t in range(N):
-        if not x.mask[t]:
-            continue
-        ratio = torch.exp(x.log_probs[t] - x.old_log_probs[t])
+        ratio = torch.exp(x.log_probs[t] - x["old_log_probs"][t])
         low, high = 1 - c.clip_low, 1 + c.clip_high
-        advantage = x.advantages[t]
+        advantage = x["advantages"][t]
         if advantage > 0 and ratio > high:
             surrogate, was_clipped = high * advantage, True
         elif advantage < 0 and ratio < low:
             surrogate, was_clipped = low * advantage, True
         else:
             surrogate, was_clipped = ratio * advantage, False
-        weight = min(math.exp(x.old_log_probs[t] - x.rollout_log_probs[t]), c.mismatch_cap)
+        weight = min(math.exp(x["old_log_probs"][t] - x["rollout_log_probs"][t]), c.mismatch_cap)
         kl = 1 / ratio - 1 + torch.log(ratio)
-        total = total - weight * surrogate + c.kl_coefficient * kl - c.entropy_coefficient * x.entropy[t]
+        loss = -weight * surrogate + c.kl_coefficient * kl - c.entropy_coefficient * x.entropy[t]
+        total = total + x.weights[t] * loss
         clipped += was_clipped
         highest = max(highest, float(ratio.detach()))
     return total, {"loss/clip_fraction": clipped, "loss/ratio_max": highest}
@@ -60,29 +61,29 @@ def test_policy_loss_and_gradient(config):
     torch.testing.assert_close(x.log_probs.grad, y.log_probs.grad)
     if config.entropy_coefficient:
         torch.testing.assert_close(x.entropy.grad, y.entropy.grad)
-    assert int(output.tokens) == int(x.mask.sum())
     assert float(output.sums["loss/clip_fraction"]) == metrics["loss/clip_fraction"] > 0
     assert float(output.maxima["loss/ratio_max"]) == pytest.approx(metrics["loss/ratio_max"])
 
 
 def test_on_policy_ratio_is_one_and_kl_is_zero():
     x = inputs()
-    same = LossInputs(x.old_log_probs.clone(), x.entropy, x.mask, x.advantages, x.old_log_probs, x.old_log_probs)
+    old = x["old_log_probs"]
+    same = replace(x, log_probs=old.clone(), fields={**x.fields, "rollout_log_probs": old})
     output = losses.build(PolicyLossConfig()).function(same)
-    tokens = int(output.tokens)
-    assert float(output.sums["loss/ratio_mean"]) == tokens
+    assert float(output.sums["loss/ratio_mean"]) == N
     assert float(output.maxima["loss/ratio_max"]) == 1
     for name in ("loss/kl_old", "loss/kl_rollout", "loss/clip_fraction"):
         assert float(output.sums[name]) == 0
-    assert float(output.loss.detach()) == pytest.approx(-float((x.advantages * x.mask).sum()), rel=1e-5)
+    assert float(output.loss.detach()) == pytest.approx(-float((x["advantages"] * x.weights).sum()), rel=1e-5)
 
 
 def test_empty_micro_batch_adds_nothing():
     empty = torch.zeros(0)
     leaf = torch.zeros(0, requires_grad=True)
     for config in (PolicyLossConfig(), SFTConfig()):
-        output = losses.build(config).function(LossInputs(leaf, empty, empty, empty, empty, empty))
-        assert float(output.loss.detach()) == 0 and int(output.tokens) == 0
+        output = losses.build(config).function(LossInputs(
+            leaf, empty, empty, empty.long(), 0, dict.fromkeys(losses.policy.FIELDS, empty)))
+        assert float(output.loss.detach()) == 0
         assert all(float(v) == 0 for v in (output.sums | output.maxima).values())
 
 
