@@ -43,7 +43,7 @@ def train_with_rewards(run: Components) -> None:
             groups, batch, credit_metrics = credit.assign(algorithm, groups, batch, teacher)
         with recorder.phase("train"):
             parts = mini_batches(groups, batch, config.learner.updates_per_step)
-            metrics |= summary.of_updates([run.learner.step(part) for part in parts])
+            metrics |= summary.of_updates([run.learner.step(part).metrics for part in parts])
         recorder.trajectories(step, groups, run.environment.decode)
         finish(run, step, metrics | credit_metrics | summary.of_rollout(groups))
 
@@ -57,7 +57,7 @@ def train_supervised(run: Components) -> None:
         with recorder.phase("train"):
             first = (step - 1) * size
             batch = from_trajectories([demonstrator.demonstration(first + i) for i in range(size)])
-            metrics = run.learner.step(batch)
+            metrics = run.learner.step(batch).metrics
         finish(run, step, metrics)
 
 

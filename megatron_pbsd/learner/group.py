@@ -13,6 +13,7 @@ from megatron_pbsd.controller.group import Group
 from megatron_pbsd.controller.runtime import Runtime
 
 if TYPE_CHECKING:
+    from megatron_pbsd.learner.update import Update
     from megatron_pbsd.resharding.manifest import WeightsManifest
 
 
@@ -34,7 +35,7 @@ class LearnerGroup(Group):
     def log_probs(self, batch: Batch) -> list[np.ndarray]:
         return self.call("log_probs", self._runtime.share(batch))[0]
 
-    def step(self, batch: Batch) -> dict[str, float]:
+    def step(self, batch: Batch) -> Update:
         return self.call("step", self._runtime.share(batch))[0]
 
     def tensors(self) -> dict[str, tuple[str, tuple[int, ...]]]:

@@ -21,12 +21,34 @@ from megatron_pbsd.learner.errors import LearnerError
 from megatron_pbsd.learner.microbatch import MicroBatch, micro_batches
 from megatron_pbsd.learner.model import build_model, build_optimizer
 from megatron_pbsd.learner.parallel_state import connect, disconnect
+from megatron_pbsd.learner.update import Update
 from megatron_pbsd.losses import Loss, LossInputs, LossOutput
 from megatron_pbsd.losses.log_probs import log_probs_and_entropy
 from megatron_pbsd.models import family
 from megatron_pbsd.models.hf_config import read
 from megatron_pbsd.platform import Platform, select
 from megatron_pbsd.resharding.manifest import WeightsManifest
+
+
+class TokenColumn:
+    """One number per token of a batch, put in by the ranks that compute it and collected on rank 0."""
+
+    def __init__(self, batch: Batch, device: torch.device):
+        self._offsets = np.cumsum([0, *batch.lengths])
+        self._flat = torch.zeros(int(self._offsets[-1]), device=device)
+
+    def put(self, micro: MicroBatch, values: torch.Tensor) -> None:
+        """`values` [N] of the tokens a micro-batch predicts. Tensor-parallel ranks have the same; one of them counts."""
+        if parallel_state.get_tensor_model_parallel_rank() == 0:
+            index = torch.from_numpy(self._offsets[micro.sequences] + micro.positions)
+            self._flat[index.to(self._flat.device)] = values
+
+    def collect(self) -> list[np.ndarray] | None:
+        """[T_i] per sequence on rank 0, None elsewhere; every rank calls this."""
+        dist.reduce(self._flat, dst=0)
+        if dist.get_rank() != 0:
+            return None
+        return np.split(self._flat.cpu().numpy(), self._offsets[1:-1])
 
 
 class Learner:
@@ -77,24 +99,19 @@ class Learner:
 
         0 at position 0, and wherever the batch has a `loss_mask` that is 0. Rank 0 returns them, other ranks None.
         """
-        offsets = np.cumsum([0, *batch.lengths])
-        flat = torch.zeros(int(offsets[-1]), device=self.device)
+        kept = TokenColumn(batch, self.device)
 
         def keep(micro: MicroBatch, logits: torch.Tensor, non_loss_data: bool) -> None:
             values, _ = self._token_log_probs(micro, logits)
-            if parallel_state.get_tensor_model_parallel_rank() == 0:
-                flat[self._tensor(offsets[micro.sequences] + micro.positions)] = values
+            kept.put(micro, values)
 
         self._model.eval()
         with self.platform.running(), torch.no_grad():
             self._schedule(batch, (), keep, forward_only=True)
-            dist.reduce(flat, dst=0)
-        if self.rank != 0:
-            return None
-        return np.split(flat.cpu().numpy(), offsets[1:-1])
+            return kept.collect()
 
-    def step(self, batch: Batch) -> dict[str, float]:
-        """One optimizer step over the whole batch; metrics of the global batch, the same on every rank.
+    def step(self, batch: Batch) -> Update:
+        """One optimizer step over the whole batch.
 
         LearnerError when the loss or the gradient is not finite.
         """
@@ -102,19 +119,21 @@ class Learner:
         if missing:
             raise LearnerError(f"loss {self.loss.name!r} needs the batch fields {missing}, which the batch lacks")
         self._model.train()
+        kept = TokenColumn(batch, self.device)
         with self.platform.running():
             self._model.zero_grad_buffer()
             self._optimizer.zero_grad()
-            outputs = self._schedule(batch, self.loss.fields, self._loss, forward_only=False)
+            outputs = self._schedule(batch, self.loss.fields, partial(self._loss, kept), forward_only=False)
             metrics = self._global_metrics(outputs)
             self._scheduler.step(1)
             _, grad_norm, _ = self._optimizer.step()
+            log_probs = kept.collect()
         metrics["grad_norm"] = float(grad_norm)
         metrics["lr"] = get_canonical_lr_for_logging(self._optimizer.param_groups)
         wrong = {name: value for name, value in metrics.items() if not math.isfinite(value)}
         if wrong:
             raise LearnerError(f"optimizer step {self._scheduler.num_steps} is not finite: {wrong}")
-        return metrics
+        return Update(metrics, log_probs)
 
     def tensors(self) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Hugging Face name → dtype, full shape, in the order of the model; a tied lm_head is not separate."""
@@ -165,8 +184,11 @@ class Learner:
         group = parallel_state.get_tensor_model_parallel_group()
         return log_probs_and_entropy(logits[0], self._tensor(micro.targets), group)
 
-    def _loss(self, micro: MicroBatch, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, tuple[int, LossOutput]]:
+    def _loss(
+        self, kept: TokenColumn, micro: MicroBatch, logits: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, tuple[int, LossOutput]]:
         log_probs, entropy = self._token_log_probs(micro, logits)
+        kept.put(micro, log_probs.detach())
         fields = {name: self._tensor(micro.fields[name]) for name in self.loss.fields}
         _, sequence = torch.unique(self._tensor(micro.sequences), return_inverse=True)
         output = self.loss.function(LossInputs(

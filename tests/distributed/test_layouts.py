@@ -67,7 +67,7 @@ def train(rank, rendezvous, folder, parallel, loss, platform=None, initial="load
         everywhere = learner.log_probs(Batch({"tokens": batch["tokens"]}))
         masked = learner.log_probs(batch)
         before = published(learner, rank)
-        metrics = [learner.step(batch) for _ in range(3)]
+        metrics = [learner.step(batch).metrics for _ in range(3)]
         return {"log_probs": everywhere, "masked": masked, "metrics": metrics, "before": before,
                 "after": published(learner, rank)}
     finally:
@@ -285,6 +285,6 @@ def on_policy_step(rank, rendezvous, folder, parallel):
         batch, scores = make_batch(), [None]
         scores[0] = learner.log_probs(batch)
         dist.broadcast_object_list(scores)
-        return learner.step(batch.with_fields(old_log_probs=scores[0], rollout_log_probs=scores[0]))
+        return learner.step(batch.with_fields(old_log_probs=scores[0], rollout_log_probs=scores[0])).metrics
     finally:
         learner.close()

@@ -27,7 +27,7 @@ def run(rank, rendezvous, folder, parallel, load_from, save_to, seed=3):
             for k in range(STEPS):
                 learner.step(make_batch(k))
             learner.save(save_to)
-        metrics = [learner.step(make_batch(k)) for k in range(STEPS, 2 * STEPS)]
+        metrics = [learner.step(make_batch(k)).metrics for k in range(STEPS, 2 * STEPS)]
         return metrics, published(learner, rank), learner.platform.rng_state()
     finally:
         learner.close()
