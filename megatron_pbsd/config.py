@@ -108,12 +108,8 @@ class MoEConfig(Section):
     routing_replay: bool = False
     """Use the experts that the rollout engine chose in every pass of the learner (R3, arXiv 2510.11370), and the
     student's experts in the teacher pass."""
-    load_balancing: Literal["none", "aux_loss", "seq_aux_loss"] = "none"
-    """Auxiliary balancing loss (Switch Transformer, arXiv 2101.03961, eq. 4) over a micro-batch or per sequence."""
     aux_loss_coefficient: Annotated[float, Field(ge=0)] = 0.0
-    """Weight of the auxiliary loss."""
-    z_loss_coefficient: Annotated[float, Field(ge=0)] = 0.0
-    """Weight of the router z-loss (ST-MoE, arXiv 2202.08906, eq. 5)."""
+    """Weight of the balancing loss over each micro-batch (Switch Transformer, arXiv 2101.03961, eq. 4)."""
     expert_bias_update_rate: Annotated[float, Field(ge=0)] = 0.0
     """Step of the auxiliary-loss-free balancing bias (DeepSeek-V3, arXiv 2412.19437, section 2.1.2); 0 freezes it."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,43 +12,30 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_pbsd.batch import Batch
 from megatron_pbsd.config import LearnerConfig, ModelConfig
-from megatron_pbsd.learner import state, weights
+from megatron_pbsd.learner import fields, metrics, microbatch, state, weights
+from megatron_pbsd.learner.balance import plan
+from megatron_pbsd.learner.context_parallel import sum_over
+from megatron_pbsd.learner.cost import Cost
 from megatron_pbsd.learner.errors import LearnerError
-from megatron_pbsd.learner.microbatch import MicroBatch, micro_batches
-from megatron_pbsd.learner.model import build_model, build_optimizer
+from megatron_pbsd.learner.microbatch import MicroBatch, Shape
+from megatron_pbsd.learner.model import Query, build_model, build_optimizer
 from megatron_pbsd.learner.parallel_state import connect, disconnect
+from megatron_pbsd.learner.routing import Positions, routers
+from megatron_pbsd.learner.token_table import TokenTable
 from megatron_pbsd.learner.update import Update
-from megatron_pbsd.losses import Loss, LossInputs, LossOutput
-from megatron_pbsd.losses.log_probs import log_probs_and_entropy
+from megatron_pbsd.losses import Loss, LossInputs, LossOutput, token_weights
 from megatron_pbsd.models import family
 from megatron_pbsd.models.hf_config import read
 from megatron_pbsd.platform import Platform, select
 from megatron_pbsd.resharding.manifest import WeightsManifest
 
-
-class TokenColumn:
-    """One number per token of a batch, put in by the ranks that compute it and collected on rank 0."""
-
-    def __init__(self, batch: Batch, device: torch.device):
-        self._offsets = np.cumsum([0, *batch.lengths])
-        self._flat = torch.zeros(int(self._offsets[-1]), device=device)
-
-    def put(self, micro: MicroBatch, values: torch.Tensor) -> None:
-        """`values` [N] of the tokens a micro-batch predicts. Tensor-parallel ranks have the same; one of them counts."""
-        if parallel_state.get_tensor_model_parallel_rank() == 0:
-            index = torch.from_numpy(self._offsets[micro.sequences] + micro.positions)
-            self._flat[index.to(self._flat.device)] = values
-
-    def collect(self) -> list[np.ndarray] | None:
-        """[T_i] per sequence on rank 0, None elsewhere; every rank calls this."""
-        dist.reduce(self._flat, dst=0)
-        if dist.get_rank() != 0:
-            return None
-        return np.split(self._flat.cpu().numpy(), self._offsets[1:-1])
+WEIGHTS = "weights"
+"""Beside the loss's own fields every micro-batch carries the weights of its reduction."""
 
 
 class Learner:
@@ -77,38 +64,55 @@ class Learner:
         hf = read(model.path)
         self._family = family(hf)
         self._shapes = self._family.hf_tensors(hf)
+        self._cost = Cost.of(hf)
         self.platform.prepare(rank)
         with self.platform.running():
             at = connect(self.platform, config.parallel, rank, rendezvous, config.deadline_s)
             self.platform.seed(seed)
-            self._pieces = {
-                self.platform.parameter_name(name): parts
-                for name, parts in self._family.pieces(hf, config.parallel, at).items()}
-            policy = build_model(self._family, hf, config.parallel, self.platform).to(self.device)
-            self._parameters = dict(policy.named_parameters())
-            weights.fill(self._parameters, self._pieces, (
+            chunks = build_model(self._family, hf, config, self.platform, "values" in loss.outputs)
+            chunks = [chunk.to(self.device) for chunk in chunks]
+            self._weights = weights.Weights(chunks, [
+                self._family.pieces(hf, config.parallel, at, chunk) for chunk in range(len(chunks))], self.platform)
+            self._weights.fill(
                 weights.stored(model.path, self._shapes) if model.initial_weights == "load"
-                else weights.random(self._shapes, hf["initializer_range"], seed)))
-            self._policy = policy
-            self._model, self._optimizer, self._scheduler = build_optimizer(
-                policy, config.optimizer, self.platform, total_steps)
-            self._multiple = config.parallel.tp if policy.config.sequence_parallel else 1
+                else weights.random(self._shapes, hf["initializer_range"], seed))
+            self._chunks = chunks
+            self._model, self._optimizer, self._scheduler = build_optimizer(chunks, config, self.platform, total_steps)
+        self._routers = routers(chunks)
+        transformer = chunks[0].config
+        self._shape = Shape(
+            packed=config.batching == "packed", cp=config.parallel.cp,
+            multiple=config.parallel.tp if transformer.sequence_parallel else 1)
 
     def log_probs(self, batch: Batch) -> list[np.ndarray] | None:
-        """Log-probability of each token given those before it (nats), float32 [T_i] per sequence.
+        """`score` for log-probabilities alone."""
+        scores = self.score(batch)
+        return scores and scores["log_probs"]
+
+    def score(
+        self, batch: Batch, outputs: Sequence[str] = ("log_probs",), top: int = 0
+    ) -> dict[str, list[np.ndarray]] | None:
+        """What the model says of each token given those before it, per sequence, by one forward pass.
+
+        log_probs, entropy, values:      float32 [T_i]; nats, nats, and the value head's estimate.
+        top_tokens, top_log_probs:       int64 and float32 [T_i, top], the likeliest tokens, likeliest first. They take
+                                         a pass of their own.
 
         0 at position 0, and wherever the batch has a `loss_mask` that is 0. Rank 0 returns them, other ranks None.
         """
-        kept = TokenColumn(batch, self.device)
-
-        def keep(micro: MicroBatch, logits: torch.Tensor, non_loss_data: bool) -> None:
-            values, _ = self._token_log_probs(micro, logits)
-            kept.put(micro, values)
-
-        self._model.eval()
-        with self.platform.running(), torch.no_grad():
-            self._schedule(batch, (), keep, forward_only=True)
-            return kept.collect()
+        wanted = set(outputs)
+        if unknown := wanted - {"log_probs", "entropy", "values", "top_tokens", "top_log_probs"}:
+            raise LearnerError(f"score knows no outputs {sorted(unknown)}")
+        found: dict[str, list[np.ndarray]] = {}
+        if wanted & {"log_probs", "entropy", "values"}:
+            rows = self._forward(batch, 2 + ("values" in wanted), values="values" in wanted)
+            found |= dict(zip(("log_probs", "entropy", "values"), rows or [], strict=False))
+        if wanted & {"top_tokens", "top_log_probs"}:
+            rows = self._forward(batch, 2 * top, top=top) or []
+            pairs = [np.stack(row, -1) for row in zip(*rows, strict=True)]
+            found["top_log_probs"] = [pair[:, :top] for pair in pairs]
+            found["top_tokens"] = [pair[:, top:].astype(np.int64) for pair in pairs]
+        return {name: found[name] for name in outputs} if self.rank == 0 else None
 
     def step(self, batch: Batch) -> Update:
         """One optimizer step over the whole batch.
@@ -118,99 +122,146 @@ class Learner:
         missing = [name for name in ("loss_mask", *self.loss.fields) if name not in batch]
         if missing:
             raise LearnerError(f"loss {self.loss.name!r} needs the batch fields {missing}, which the batch lacks")
-        self._model.train()
-        kept = TokenColumn(batch, self.device)
+        columns = fields.per_token(batch, self.loss.fields) | {WEIGHTS: token_weights(batch, self.loss.reduction)}
+        kept = TokenTable(batch, 1, self.device)
+        self._train(True)
+        for router in self._routers:
+            router.reset_statistics()
         with self.platform.running():
-            self._model.zero_grad_buffer()
+            for chunk in self._model:
+                chunk.zero_grad_buffer()
             self._optimizer.zero_grad()
-            outputs = self._schedule(batch, self.loss.fields, partial(self._loss, kept), forward_only=False)
-            metrics = self._global_metrics(outputs)
+            outputs = self._schedule(
+                batch, columns, partial(self._loss, kept), forward_only=False,
+                values="values" in self.loss.outputs, candidates="candidates" in self.loss.outputs)
+            found = metrics.reduce(outputs, self._routers)
             self._scheduler.step(1)
             _, grad_norm, _ = self._optimizer.step()
             log_probs = kept.collect()
-        metrics["grad_norm"] = float(grad_norm)
-        metrics["lr"] = get_canonical_lr_for_logging(self._optimizer.param_groups)
-        wrong = {name: value for name, value in metrics.items() if not math.isfinite(value)}
+        found["grad_norm"] = float(grad_norm)
+        found["lr"] = get_canonical_lr_for_logging(self._optimizer.param_groups)
+        wrong = {name: value for name, value in found.items() if not math.isfinite(value)}
         if wrong:
             raise LearnerError(f"optimizer step {self._scheduler.num_steps} is not finite: {wrong}")
-        return Update(metrics, log_probs)
+        return Update(found, log_probs and log_probs[0])
 
     def tensors(self) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Hugging Face name → dtype, full shape, in the order of the model; a tied lm_head is not separate."""
-        dtype = str(self.platform.dtype).removeprefix("torch.")
+        dtype = str(self._chunks[0].config.params_dtype).removeprefix("torch.")
         return {name: (dtype, shape) for name, shape in self._shapes.items()}
 
     def publish(self, manifest: WeightsManifest) -> None:
         """Write this rank's part of the weights into the shared segment."""
-        weights.publish(self._parameters, self._pieces, manifest)
+        self._weights.publish(manifest)
 
     def differing(self, manifest: WeightsManifest) -> list[str]:
         """Tensors whose published bytes are not what this rank computes with; to be asked once all have published."""
-        return weights.differing(self._parameters, self._pieces, manifest)
+        return self._weights.differing(manifest)
 
     def save(self, folder: str) -> None:
         """Write model, optimizer, schedule and random numbers of all ranks into `folder`, readable at any layout."""
         with self.platform.running():
-            state.save(folder, self._policy, self._optimizer, self._scheduler, self.platform)
+            state.save(folder, self._chunks, self._optimizer, self._scheduler, self.platform)
 
     def load(self, folder: str) -> None:
         """Inverse of `save`. LearnerError when there is nothing to load."""
         with self.platform.running():
-            state.load(folder, self._policy, self._optimizer, self._scheduler, self.platform)
+            state.load(folder, self._chunks, self._optimizer, self._scheduler, self.platform)
 
     def close(self) -> None:
         """Leave the process groups; the learner is unusable afterwards."""
         disconnect()
 
+    def _train(self, training: bool) -> None:
+        for chunk in self._model:
+            chunk.train(training)
+
+    def _forward(self, batch: Batch, rows: int, **query: Any) -> list[list[np.ndarray]] | None:
+        """The model's first `rows` answers for every token; see `PolicyModel.forward`."""
+        kept = TokenTable(batch, rows, self.device)
+
+        def keep(micro: MicroBatch, answers: torch.Tensor, non_loss_data: bool) -> None:
+            kept.put(micro, answers[:rows])
+
+        self._train(False)
+        with self.platform.running(), torch.no_grad():
+            self._schedule(batch, {}, keep, forward_only=True, **query)
+            return kept.collect()
+
     def _schedule(
-        self, batch: Batch, fields: Sequence[str], consume: Callable[..., Any], forward_only: bool
+        self, batch: Batch, columns: Mapping[str, Sequence[np.ndarray]], consume: Callable[..., Any],
+        forward_only: bool, values: bool = False, candidates: bool = False, top: int = 0,
     ) -> list[Any]:
-        """Run Megatron's pipeline schedule; `consume(micro_batch, logits)` is called on the last stage."""
-        parts = micro_batches(
-            batch, parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size(),
-            self.config.micro_batch_tokens, fields, self._multiple)
+        """Run Megatron's pipeline schedule; `consume(micro_batch, answers)` is called on the last stage."""
+        parts = self._micro_batches(batch, columns)
 
         def forward_step(iterator, model):
             micro = next(iterator)
-            return model(self._tensor(micro.inputs), self._tensor(micro.selected)), partial(consume, micro)
+            query = Query(
+                self._tensor(micro.selected), self._tensor(micro.targets), values=values, top=top,
+                candidates=self._tensor(micro.fields["teacher_top_tokens"]) if candidates else None)
+            answers = model(self._tensor(micro.inputs), query, self._packed(micro), self._positions(micro))
+            return answers, partial(consume, micro)
 
+        iterators = [iter(parts) for _ in self._model]
         return get_forward_backward_func()(
-            forward_step_func=forward_step, data_iterator=iter(parts), model=[self._model],
-            num_microbatches=len(parts), seq_length=parts[0].inputs.shape[1],
+            forward_step_func=forward_step, data_iterator=iterators if len(iterators) > 1 else iterators[0],
+            model=self._model, num_microbatches=len(parts), seq_length=parts[0].inputs.shape[1],
             micro_batch_size=parts[0].inputs.shape[0], forward_only=forward_only,
             collect_non_loss_data=forward_only)
 
-    def _token_log_probs(self, micro: MicroBatch, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        group = parallel_state.get_tensor_model_parallel_group()
-        return log_probs_and_entropy(logits[0], self._tensor(micro.targets), group)
+    def _micro_batches(self, batch: Batch, columns: Mapping[str, Sequence[np.ndarray]]) -> list[MicroBatch]:
+        """This rank's share of the batch; every data-parallel rank has equally many."""
+        parallel = self.config.parallel
+        divided = plan(
+            [microbatch.positions(n) for n in batch.lengths], parallel.dp, self.config.micro_batch_tokens * parallel.cp,
+            self._cost, multiple=self._shape.granule, padded=not self._shape.packed,
+            micro_batch_multiple=parallel.pp if parallel.vpp > 1 else 1)
+        mine = divided.micro_batches[parallel_state.get_data_parallel_rank()]
+        cp_rank = parallel_state.get_context_parallel_rank()
+        experts = bool(self._routers) and self.config.moe.routing_replay and "routed_experts" in batch
+        return [microbatch.build(batch, part, columns, self._shape, cp_rank, experts) for part in mine]
+
+    def _packed(self, micro: MicroBatch) -> PackedSeqParams | None:
+        if micro.bounds is None:
+            return None
+        bounds, longest = self._tensor(micro.bounds), int(np.diff(micro.bounds).max())
+        return PackedSeqParams(
+            qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds, max_seqlen_q=longest, max_seqlen_kv=longest)
+
+    def _positions(self, micro: MicroBatch) -> Positions | None:
+        """The routers' view: this rank's positions in [S, B] order, divided by sequence parallelism."""
+        if not self._routers:
+            return None
+        padding, experts, sharers = micro.padding.T, micro.experts, self._shape.cp * self._shape.multiple
+        if self._shape.multiple > 1:
+            each = len(padding) // self._shape.multiple
+            first = parallel_state.get_tensor_model_parallel_rank() * each
+            padding = padding[first : first + each]
+            experts = None if experts is None else experts[first : first + each]
+        return Positions(
+            padding=self._tensor(padding.flatten()), trained=micro.trained / sharers,
+            experts=None if experts is None else self._tensor(
+                experts.reshape(-1, *experts.shape[2:]).astype(np.int64)))
 
     def _loss(
-        self, kept: TokenColumn, micro: MicroBatch, logits: torch.Tensor
+        self, kept: TokenTable, micro: MicroBatch, answers: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, tuple[int, LossOutput]]:
-        log_probs, entropy = self._token_log_probs(micro, logits)
-        kept.put(micro, log_probs.detach())
-        fields = {name: self._tensor(micro.fields[name]) for name in self.loss.fields}
-        _, sequence = torch.unique(self._tensor(micro.sequences), return_inverse=True)
+        kept.put(micro, answers[:1].detach())
+        asked = {name: self._tensor(column) for name, column in micro.fields.items()}
+        first_candidate = 2 + ("values" in self.loss.outputs)
         output = self.loss.function(LossInputs(
-            log_probs, entropy, torch.ones_like(log_probs), sequence, len(set(micro.sequences)), fields))
-        tokens = torch.tensor(len(log_probs), dtype=torch.int32, device=self.device)
-        return output.loss, tokens, (int(tokens), output)
-
-    def _global_metrics(self, outputs: list[tuple[int, LossOutput]]) -> dict[str, float]:
-        """Sums over the global batch per token, and maxima, from the ranks that computed a loss."""
-        mine = None
-        if outputs and parallel_state.get_tensor_model_parallel_rank() == 0:
-            mine = (
-                sum(count for count, _ in outputs),
-                {name: math.fsum(float(o.sums[name]) for _, o in outputs) for name in outputs[0][1].sums},
-                {name: max(float(o.maxima[name]) for _, o in outputs) for name in outputs[0][1].maxima})
-        gathered: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(gathered, mine)
-        shares = [share for share in gathered if share is not None]
-        tokens = sum(count for count, _, _ in shares)
-        metrics = {name: math.fsum(s[name] for _, s, _ in shares) / max(tokens, 1) for name in shares[0][1]}
-        metrics |= {name: max(m[name] for _, _, m in shares) for name in shares[0][2]}
-        return metrics | {"tokens": float(tokens)}
+            log_probs=answers[0],
+            entropy=answers[1],
+            weights=asked.pop(WEIGHTS),
+            sequence=self._tensor(micro.sequence),
+            sequences=len(micro.sequences),
+            fields=asked,
+            values=answers[2] if "values" in self.loss.outputs else None,
+            candidate_log_probs=answers[first_candidate:].T if "candidates" in self.loss.outputs else None,
+            over_context=partial(sum_over, group=parallel_state.get_context_parallel_group())))
+        count = len(micro.targets)
+        return output.loss, torch.tensor(count, dtype=torch.int32, device=self.device), (count, output)
 
     def _tensor(self, array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(array).to(self.device)
+        return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,98 +12,186 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_pbsd import config
+from megatron_pbsd.learner.routing import Positions, Router, RoutingContext, routers
+from megatron_pbsd.losses.log_probs import token_statistics, top_tokens
 from megatron_pbsd.models import Family
 from megatron_pbsd.platform import Platform
 
 
-class PolicyModel(GPTModel):
-    """GPTModel whose logits are computed only where a prediction is asked for.
+@dataclass(frozen=True)
+class Query:
+    """What is asked of the model at N positions. Tensors on the model's device.
 
-    Prompts and observations are read but not predicted; for small models with large vocabularies the logits that
-    nobody reads would be the larger part of the work.
+    selected:    int64 [N], indices into the flattened [S, B] positions, sequence parallelism not counted.
+    targets:     int64 [N], the tokens predicted there.
+    candidates:  int64 [N, K] further tokens whose log-probabilities are asked for, or None.
+    values:      ask the value head too.
+    top:         ask for this many likeliest tokens instead.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any):
+    selected: torch.Tensor
+    targets: torch.Tensor
+    candidates: torch.Tensor | None = None
+    values: bool = False
+    top: int = 0
+
+
+class PolicyModel(GPTModel):
+    """GPTModel that answers queries about tokens instead of returning logits.
+
+    Logits exist only where a prediction is asked for, and only for `logits_tokens` positions at a time: prompts and
+    observations are read but not predicted, and for small models with large vocabularies the logits that nobody reads
+    would be the larger part of the work.
+    """
+
+    def __init__(self, *args: Any, logits_tokens: int, value_head: bool, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        if self.post_process:
-            # The selection below gathers the sequence itself.
-            self.output_layer.sequence_parallel = False
+        self.logits_tokens = logits_tokens
+        if self.post_process and value_head:
+            self.value_head = torch.nn.Linear(self.config.hidden_size, 1, dtype=self.config.params_dtype)
+            torch.nn.init.zeros_(self.value_head.weight)
+            torch.nn.init.zeros_(self.value_head.bias)
+        self.routing = RoutingContext()
+        for router in routers([self]):
+            router.context = self.routing
 
-    def forward(self, inputs: torch.Tensor, selected: torch.Tensor) -> torch.Tensor:
-        """inputs [B, S] ids, selected [N] indices into the flattened [S, B] positions → logits [1, N, V / tp].
+    def forward(
+        self, inputs: torch.Tensor, query: Query, packed: PackedSeqParams | None, positions: Positions | None
+    ) -> torch.Tensor:
+        """inputs: [B, S] token ids. positions: for the routers of a mixture-of-experts model.
 
-        Other pipeline stages than the last return hidden states [S, B, H] instead.
+        The last pipeline stage returns float32 [rows, N]: log-probability and entropy, then the value if asked for,
+        then K candidates' log-probabilities; or, if the `top` tokens are asked for, their log-probabilities and then
+        their ids. Other stages return hidden states [S, B, H].
         """
+        self.routing.positions = positions
         # GPTModel carries loss_mask to _postprocess and reads it only for multi-token prediction.
-        return super().forward(inputs, position_ids=None, attention_mask=None, loss_mask=selected)
+        return super().forward(
+            inputs, position_ids=None, attention_mask=None, packed_seq_params=packed, loss_mask=query)
 
-    def _postprocess(self, hidden_states, *args: Any, loss_mask: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        if self.post_process:
-            if self.config.sequence_parallel:
-                hidden_states = gather_from_sequence_parallel_region(
-                    hidden_states, tensor_parallel_output_grad=False, group=self.pg_collection.tp)
-            hidden_states = hidden_states.flatten(0, 1).index_select(0, loss_mask).unsqueeze(1)
-        return super()._postprocess(hidden_states, *args, **kwargs)
+    def _postprocess(self, hidden_states, *args: Any, loss_mask: Query, **kwargs: Any) -> torch.Tensor:
+        if not self.post_process:
+            return hidden_states
+        query, group = loss_mask, self.pg_collection.tp
+        if self.config.sequence_parallel:
+            hidden_states = gather_from_sequence_parallel_region(
+                hidden_states, tensor_parallel_output_grad=False, group=group)
+        hidden = hidden_states.flatten(0, 1).index_select(0, query.selected)
+        weight = (self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights
+                  else self.output_layer.weight)
+        if query.top:
+            ids, log_probs = top_tokens(hidden, weight, query.top, group, rows=self.logits_tokens)
+            return torch.cat([log_probs.T, ids.T.float()])
+        found = token_statistics(
+            hidden, weight, query.targets, group, rows=self.logits_tokens, candidates=query.candidates)
+        rows = [found.log_probs[None], found.entropy[None]]
+        if query.values:
+            rows.append(self.value_head(hidden).float().T)
+        if query.candidates is not None:
+            rows.append(found.candidate_log_probs.T)
+        return torch.cat(rows)
 
 
 def transformer_config(
-    family: Family, hf: Mapping[str, Any], parallel: config.ParallelConfig, platform: Platform
+    family: Family, hf: Mapping[str, Any], settings: config.LearnerConfig, platform: Platform
 ) -> TransformerConfig:
-    fields = family.transformer_config(hf) | platform.transformer_flags(parallel.tp)
+    parallel, moe = settings.parallel, settings.moe
+    fields = family.transformer_config(hf) | platform.transformer_flags()
     fields["activation_func"] = getattr(torch.nn.functional, fields["activation_func"])
+    if experts := fields.get("num_moe_experts") is not None:
+        fields |= {
+            "expert_model_parallel_size": parallel.ep,
+            "expert_tensor_parallel_size": parallel.etp,
+            "moe_router_load_balancing_type": "aux_loss" if moe.aux_loss_coefficient else "none",
+            "moe_aux_loss_coeff": moe.aux_loss_coefficient,
+            "moe_router_bias_update_rate": moe.expert_bias_update_rate,
+            "moe_router_dtype": "fp32",
+        }
+    if parallel.vpp > 1:
+        # Batched point-to-point messages are silently wrong with two interleaved stages.
+        fields |= {"virtual_pipeline_model_parallel_size": parallel.vpp, "overlap_p2p_comm": True,
+                   "batch_p2p_comm": False, "deallocate_pipeline_outputs": platform.frees_pipeline_outputs}
+    if settings.recompute == "full":
+        fields |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    elif settings.recompute == "selective":
+        fields["recompute_granularity"] = "selective"
+    dtype = platform.dtype(settings.precision)
     return TransformerConfig(
         **fields,
         tensor_model_parallel_size=parallel.tp,
         pipeline_model_parallel_size=parallel.pp,
-        params_dtype=platform.dtype,
-        pipeline_dtype=platform.dtype,
-        bf16=platform.dtype == torch.bfloat16,
+        context_parallel_size=parallel.cp,
+        sequence_parallel=divides_sequences(parallel, experts, platform),
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
         calculate_per_token_loss=True,
         # Micro-batches of one call differ in shape; core allows that with this dispatcher only, dense models too.
         variable_seq_lengths=parallel.pp > 1,
         moe_token_dispatcher_type="alltoall")
 
 
+def divides_sequences(parallel: config.ParallelConfig, experts: bool, platform: Platform) -> bool:
+    """Whether sequence parallelism is on. Megatron-core trains experts under tensor parallelism with it only."""
+    if parallel.sequence_parallel is not None:
+        return parallel.sequence_parallel
+    return parallel.tp > 1 and (experts or platform.sequence_parallel)
+
+
 def build_model(
-    family: Family, hf: Mapping[str, Any], parallel: config.ParallelConfig, platform: Platform
-) -> PolicyModel:
-    """This rank's part of the model; its weights are not yet set."""
-    transformer = transformer_config(family, hf, parallel, platform)
-    return PolicyModel(
-        config=transformer,
-        transformer_layer_spec=platform.layer_specs(transformer),
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
-        **family.gpt_model(hf))
+    family: Family, hf: Mapping[str, Any], settings: config.LearnerConfig, platform: Platform, value_head: bool
+) -> list[PolicyModel]:
+    """This rank's part of the model, a chunk for each virtual pipeline stage; its weights are not yet set."""
+    transformer = transformer_config(family, hf, settings, platform)
+    chunks = []
+    for chunk in range(settings.parallel.vpp):
+        stage = chunk if settings.parallel.vpp > 1 else None
+        specs = platform.layer_specs(transformer, stage)
+        for layer in specs.layer_specs:
+            if hasattr(layer.submodules.mlp.submodules, "router"):
+                layer.submodules.mlp.submodules.router = Router
+        chunks.append(PolicyModel(
+            config=transformer,
+            transformer_layer_spec=specs,
+            pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
+            post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),
+            logits_tokens=settings.logits_tokens,
+            value_head=value_head,
+            vp_stage=stage,
+            **family.gpt_model(hf)))
+    return chunks
 
 
 def build_optimizer(
-    model: PolicyModel, settings: config.OptimizerConfig, platform: Platform, total_steps: int
-) -> tuple[DistributedDataParallel, MegatronOptimizer, OptimizerParamScheduler]:
+    chunks: Sequence[PolicyModel], settings: config.LearnerConfig, platform: Platform, total_steps: int
+) -> tuple[list[DistributedDataParallel], MegatronOptimizer, OptimizerParamScheduler]:
     """Gradient buffers, optimizer and learning-rate schedule around a model whose weights are set."""
-    module = Float16Module(model.config, model) if platform.dtype == torch.bfloat16 else model
-    wrapped = DistributedDataParallel(
-        model.config,
-        DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True, use_distributed_optimizer=platform.distributed_optimizer),
-        module)
+    adam, transformer = settings.optimizer, chunks[0].config
+    distributed = (platform.distributed_optimizer if settings.distributed_optimizer is None
+                   else settings.distributed_optimizer)
+    wrapped = [
+        DistributedDataParallel(
+            transformer,
+            DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=distributed),
+            Float16Module(transformer, chunk) if transformer.bf16 else chunk,
+            disable_bucketing=i > 0)
+        for i, chunk in enumerate(chunks)]
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
-            optimizer="adam", lr=settings.lr, min_lr=settings.min_lr, weight_decay=settings.weight_decay,
-            adam_beta1=settings.beta1, adam_beta2=settings.beta2, adam_eps=settings.eps,
-            clip_grad=settings.clip_grad, bf16=platform.dtype == torch.bfloat16, params_dtype=platform.dtype,
-            use_distributed_optimizer=platform.distributed_optimizer),
-        [wrapped], use_gloo_process_groups=platform.backend != "gloo")
-    model.config.grad_scale_func = optimizer.scale_loss
-    model.config.finalize_model_grads_func = finalize_model_grads
+            optimizer="adam", lr=adam.lr, min_lr=adam.min_lr, weight_decay=adam.weight_decay, adam_beta1=adam.beta1,
+            adam_beta2=adam.beta2, adam_eps=adam.eps, clip_grad=adam.clip_grad, bf16=transformer.bf16,
+            params_dtype=transformer.params_dtype, use_distributed_optimizer=distributed),
+        wrapped, use_gloo_process_groups=platform.backend != "gloo")
+    transformer.grad_scale_func = optimizer.scale_loss
+    transformer.finalize_model_grads_func = finalize_model_grads
     scheduler = OptimizerParamScheduler(
-        optimizer, init_lr=0.0, max_lr=settings.lr, min_lr=min(settings.min_lr, settings.lr),
-        lr_warmup_steps=settings.warmup_steps, lr_decay_steps=max(total_steps, settings.warmup_steps + 1),
-        lr_decay_style=settings.decay_style, start_wd=settings.weight_decay, end_wd=settings.weight_decay,
-        wd_incr_steps=0, wd_incr_style="constant")
+        optimizer, init_lr=0.0, max_lr=adam.lr, min_lr=min(adam.min_lr, adam.lr), lr_warmup_steps=adam.warmup_steps,
+        lr_decay_steps=max(total_steps, adam.warmup_steps + 1), lr_decay_style=adam.decay_style,
+        start_wd=adam.weight_decay, end_wd=adam.weight_decay, wd_incr_steps=0, wd_incr_style="constant")
     return wrapped, optimizer, scheduler

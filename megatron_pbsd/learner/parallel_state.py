@@ -21,12 +21,22 @@ def connect(
         platform.backend, init_method=rendezvous, rank=rank, world_size=parallel.world_size,
         timeout=timedelta(seconds=deadline_s))
     parallel_state.initialize_model_parallel(
-        parallel.tp, parallel.pp, create_gloo_process_groups=platform.backend != "gloo",
+        tensor_model_parallel_size=parallel.tp,
+        pipeline_model_parallel_size=parallel.pp,
+        virtual_pipeline_model_parallel_size=parallel.vpp if parallel.vpp > 1 else None,
+        context_parallel_size=parallel.cp,
+        expert_model_parallel_size=parallel.ep,
+        expert_tensor_parallel_size=parallel.etp,
+        create_gloo_process_groups=platform.backend != "gloo",
         distributed_timeout_minutes=math.ceil(deadline_s / 60))
     at = RankCoordinates(
         tp=parallel_state.get_tensor_model_parallel_rank(),
+        cp=parallel_state.get_context_parallel_rank(),
         dp=parallel_state.get_data_parallel_rank(),
-        pp=parallel_state.get_pipeline_model_parallel_rank())
+        pp=parallel_state.get_pipeline_model_parallel_rank(),
+        ep=parallel_state.get_expert_model_parallel_rank(),
+        etp=parallel_state.get_expert_tensor_parallel_rank(),
+        expert_dp=parallel_state.get_expert_data_parallel_rank())
     if at != coordinates(parallel, rank):
         raise RuntimeError(f"Megatron-core placed rank {rank} at {at}; the parameter map expects "
                            f"{coordinates(parallel, rank)}")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as torch_checkpoint
 from megatron.core import dist_checkpointing, parallel_state
@@ -17,6 +19,7 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 )
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import MegatronModule
 
@@ -43,14 +46,14 @@ class InProcessSave(TorchDistSaveShardedStrategy):
 
 
 def save(
-    folder: str, model: MegatronModule, optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler,
+    folder: str, chunks: Sequence[MegatronModule], optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler,
     platform: Platform,
 ) -> None:
     """Write all ranks' parts into `folder`; every rank calls this. The files are not yet synced to disk."""
     if dist.get_rank() == 0:
         Path(folder).mkdir(parents=True, exist_ok=True)
     dist.barrier()
-    state = _sharded(model, optimizer, is_loading=False)
+    state = _sharded(chunks, optimizer, is_loading=False)
     state["rng"] = _rng(platform.rng_state())
     state["scheduler"] = scheduler.state_dict()
     state["layout"] = _layout()
@@ -58,7 +61,7 @@ def save(
 
 
 def load(
-    folder: str, model: MegatronModule, optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler,
+    folder: str, chunks: Sequence[MegatronModule], optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler,
     platform: Platform,
 ) -> None:
     """Inverse of `save`, at this or another layout; every rank calls this.
@@ -68,35 +71,63 @@ def load(
     if not dist_checkpointing.check_is_distributed_checkpoint(folder):
         raise LearnerError(f"{folder} holds no learner state: its metadata.json is missing")
     same_layout = dist_checkpointing.load_common_state_dict(folder)["layout"] == _layout()
-    state = _sharded(model, optimizer, is_loading=True)
+    state = _sharded(chunks, optimizer, is_loading=True)
     if same_layout:
         state["rng"] = _rng(None)
     loaded = dist_checkpointing.load(
         state, folder, strict=StrictHandling.RAISE_ALL if same_layout else StrictHandling.ASSUME_OK_UNEXPECTED)
-    model.load_state_dict(loaded["model"])
+    for chunk, key in zip(chunks, _keys(chunks), strict=True):
+        chunk.load_state_dict(loaded[key])
     optimizer.load_state_dict(loaded["optimizer"])
     scheduler.load_state_dict(loaded["scheduler"])
     if same_layout:
         platform.set_rng_state(loaded["rng"])
 
 
-def _sharded(model: MegatronModule, optimizer: MegatronOptimizer, is_loading: bool) -> dict[str, Any]:
+def _sharded(chunks: Sequence[MegatronModule], optimizer: MegatronOptimizer, is_loading: bool) -> dict[str, Any]:
     metadata = {
         "distrib_optim_sharding_type": "fully_reshardable",
         "distrib_optim_fully_reshardable_mem_efficient": False,
         "chained_optim_avoid_prefix": True,
         "singleton_local_shards": False,
     }
-    state: dict[str, Any] = {"model": model.sharded_state_dict(metadata=metadata)}
-    state["optimizer"] = optimizer.sharded_state_dict(state, is_loading=is_loading, metadata=metadata)
+    state: dict[str, Any] = {
+        # Megatron writes process groups into the metadata it is given.
+        key: chunk.sharded_state_dict(metadata=dict(metadata))
+        for chunk, key in zip(chunks, _keys(chunks), strict=True)}
+    if is_loading:
+        _allocate(optimizer)
+    state["optimizer"] = optimizer.sharded_state_dict(state, is_loading=is_loading, metadata=dict(metadata))
     return state
+
+
+def _keys(chunks: Sequence[MegatronModule]) -> list[str]:
+    """Megatron's names for model chunks."""
+    return ["model"] if len(chunks) == 1 else [f"model{i}" for i in range(len(chunks))]
+
+
+def _allocate(optimizer: MegatronOptimizer) -> None:
+    """Give a distributed optimizer that has not stepped yet the state that loading writes into."""
+    for one in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if not isinstance(one, DistributedOptimizer):
+            continue
+        for group in one.optimizer.param_groups:
+            for parameter in group["params"]:
+                if not one.optimizer.state[parameter]:
+                    one.optimizer.state[parameter] = {
+                        "step": torch.tensor(0.0), "exp_avg": torch.zeros_like(parameter.data),
+                        "exp_avg_sq": torch.zeros_like(parameter.data)}
 
 
 def _layout() -> dict[str, int]:
     return {
         "tp": parallel_state.get_tensor_model_parallel_world_size(),
         "pp": parallel_state.get_pipeline_model_parallel_world_size(),
+        "vpp": parallel_state.get_virtual_pipeline_model_parallel_world_size() or 1,
+        "cp": parallel_state.get_context_parallel_world_size(),
         "dp": parallel_state.get_data_parallel_world_size(),
+        "ep": parallel_state.get_expert_model_parallel_world_size(),
+        "etp": parallel_state.get_expert_tensor_parallel_world_size(),
     }
 
 

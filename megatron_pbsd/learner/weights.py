@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from safetensors import safe_open
 from megatron_pbsd.learner.errors import LearnerError
 from megatron_pbsd.models.errors import ModelError
 from megatron_pbsd.models.parameters import Index, ParameterMap, Piece, local_shape
+from megatron_pbsd.platform import Platform
 from megatron_pbsd.resharding.manifest import WeightsManifest
 from megatron_pbsd.resharding.shared_memory import attach
 
@@ -68,51 +69,66 @@ def random(shapes: Mapping[str, tuple[int, ...]], std: float, seed: int) -> Sour
     return lambda name, index: whole(name)[index]
 
 
-def fill(parameters: Mapping[str, torch.Tensor], pieces: ParameterMap, source: Source) -> None:
-    """Set every parameter. ModelError when the map and the model do not name the same parameters and shapes."""
-    expected = {name: local_shape(parts) for name, parts in pieces.items()}
-    found = {name: tuple(p.shape) for name, p in parameters.items()}
-    if expected != found:
-        differing = sorted(n for n in expected.keys() | found.keys() if expected.get(n) != found.get(n))
-        raise ModelError("the parameter map does not fit the model: " + "; ".join(
-            f"{n}: map {expected.get(n)}, model {found.get(n)}" for n in differing))
-    with torch.no_grad():
-        for name, parts in pieces.items():
-            for piece in parts:
-                parameters[name][piece.local_index].copy_(source(piece.hf_name, piece.hf_index))
+class Weights:
+    """A rank's parameters under the names and in the parts that Hugging Face has for them.
 
+    chunks:  the rank's model chunks. maps: for each of them what `models` says of its parameters.
 
-def publish(parameters: Mapping[str, torch.Tensor], pieces: ParameterMap, manifest: WeightsManifest) -> None:
-    """Write this rank's primary pieces into the manifest's segment; over all ranks each byte is written once.
-
-    LearnerError when the manifest was not made for this model.
+    ModelError when a map and a chunk do not name the same parameters and shapes. A value head has no name there.
     """
-    for piece, mine, shared in _shared(parameters, pieces, manifest):
-        if piece.primary:
-            shared.copy_(mine)
 
+    def __init__(self, chunks: Sequence[torch.nn.Module], maps: Sequence[ParameterMap], platform: Platform):
+        self._parts: list[tuple[torch.Tensor, Piece]] = []
+        problems = []
+        for chunk, pieces in zip(chunks, maps, strict=True):
+            held = {name: tensor for name, tensor in (*chunk.named_parameters(), *persistent_buffers(chunk))
+                    if not name.startswith("value_head.")}
+            expected = {platform.parameter_name(name, held): parts for name, parts in pieces.items()}
+            shapes = {name: local_shape(parts) for name, parts in expected.items()}
+            found = {name: tuple(tensor.shape) for name, tensor in held.items()}
+            problems += [f"{name}: map {shapes.get(name)}, model {found.get(name)}"
+                         for name in sorted(shapes.keys() | found.keys()) if shapes.get(name) != found.get(name)]
+            self._parts += [(held[name], piece) for name, parts in expected.items() if name in held for piece in parts]
+        if problems:
+            raise ModelError("the parameter map does not fit the model: " + "; ".join(problems))
 
-def differing(parameters: Mapping[str, torch.Tensor], pieces: ParameterMap, manifest: WeightsManifest) -> list[str]:
-    """Hugging Face names of tensors whose published bytes are not this rank's, replicas included."""
-    return sorted({
-        piece.hf_name for piece, mine, shared in _shared(parameters, pieces, manifest)
-        if not torch.equal(_bits(mine), _bits(shared))})
+    def fill(self, source: Source) -> None:
+        """Set every parameter."""
+        with torch.no_grad():
+            for tensor, piece in self._parts:
+                tensor[piece.local_index].copy_(source(piece.hf_name, piece.hf_index))
 
+    def publish(self, manifest: WeightsManifest) -> None:
+        """Write this rank's primary pieces into the manifest's segment; over all ranks each byte is written once.
 
-def _shared(
-    parameters: Mapping[str, torch.Tensor], pieces: ParameterMap, manifest: WeightsManifest
-) -> Iterator[tuple[Piece, torch.Tensor, torch.Tensor]]:
-    """Each piece with its part of the parameter and of the segment."""
-    published = attach(manifest)
-    for name, parts in pieces.items():
-        parameter = parameters[name].detach()
-        for piece in parts:
+        LearnerError when the manifest was not made for this model.
+        """
+        for piece, mine, shared in self._shared(manifest):
+            if piece.primary:
+                shared.copy_(mine)
+
+    def differing(self, manifest: WeightsManifest) -> list[str]:
+        """Hugging Face names of tensors whose published bytes are not this rank's, replicas included."""
+        return sorted({
+            piece.hf_name for piece, mine, shared in self._shared(manifest)
+            if not torch.equal(_bits(mine), _bits(shared))})
+
+    def _shared(self, manifest: WeightsManifest) -> Iterator[tuple[Piece, torch.Tensor, torch.Tensor]]:
+        """Each piece with its part of the parameter and of the segment."""
+        published = attach(manifest)
+        for held, piece in self._parts:
             tensor = published.get(piece.hf_name)
-            if tensor is None or tensor.dtype != parameter.dtype:
+            if tensor is None or tensor.dtype != held.dtype:
                 raise LearnerError(
                     f"weights manifest: {piece.hf_name!r} is {'missing' if tensor is None else tensor.dtype}, "
-                    f"expected {parameter.dtype}")
-            yield piece, parameter[piece.local_index], tensor[piece.hf_index]
+                    f"expected {held.dtype}")
+            yield piece, held.detach()[piece.local_index], tensor[piece.hf_index]
+
+
+def persistent_buffers(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Buffers that belong to the weights, such as a router's expert bias."""
+    stored = module.state_dict().keys()
+    return ((name, buffer) for name, buffer in module.named_buffers() if name in stored)
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,7 @@ that another version of Megatron-core or torch fails here with its name, not lat
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -61,6 +61,22 @@ class _CudaAsCpu(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+class _Event:
+    """A point in the work of such a stream."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        pass
+
+    def record(self, *args: Any) -> None:
+        pass
+
+    def wait(self, *args: Any) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
+
+
 class _Stream:
     """A stream on a device whose work is done when the call returns."""
 
@@ -70,16 +86,41 @@ class _Stream:
     def wait_stream(self, stream: object) -> None:
         pass
 
+    def record_event(self) -> _Event:
+        return _Event()
+
+    def __enter__(self) -> _Stream:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        pass
+
 
 _CUDA_STAND_INS = {
     "current_device": lambda: CPU,
     "synchronize": lambda *args, **kwargs: None,
     "Stream": _Stream,
+    "Event": _Event,
+    "stream": lambda stream: contextlib.nullcontext(),
     "current_stream": _Stream,
     "default_stream": _Stream,
     "get_rng_state": lambda *args, **kwargs: torch.get_rng_state(),
     "manual_seed": torch.manual_seed,
 }
+
+
+def _on_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    """Megatron-core's takes only GPU tensors to the host, and hands all_to_all the split sizes as a tensor."""
+    return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+
+def _set_shards(optimizer: Any, model_param: torch.nn.Parameter, tensors: dict[str, torch.Tensor]) -> None:
+    """DistributedOptimizer's own looks for torch Adam's `step` among the stored tensors."""
+    group, order = optimizer.model_param_group_index_map[model_param]
+    main = optimizer.optimizer.param_groups[group]["params"][order]
+    held = {"param": main, **optimizer.optimizer.state[main]}
+    for name, tensor in tensors.items():
+        held[name].copy_(tensor)
 
 
 def _set_rng_state(state: torch.Tensor, *args: Any, **kwargs: Any) -> None:
@@ -89,8 +130,14 @@ def _set_rng_state(state: torch.Tensor, *args: Any, **kwargs: Any) -> None:
 class Cpu:
     name = "cpu"
     backend = "gloo"
-    dtype = torch.float32
     distributed_optimizer = False
+    # Works, but gloo emulates reduce-scatter: a tenth slower, to save memory that a CPU has.
+    sequence_parallel = False
+    # Gloo still reads an output while the interleaved schedule would already free it: silently wrong.
+    frees_pipeline_outputs = False
+
+    def dtype(self, precision: str) -> torch.dtype:
+        return torch.bfloat16 if precision == "bfloat16" else torch.float32
 
     def device(self, rank: int) -> torch.device:
         return CPU
@@ -99,12 +146,22 @@ class Cpu:
         installed = version("megatron-core")
         if installed != MEGATRON_VERSION:
             raise PlatformError(f"megatron-core {installed} is installed; the CPU platform needs {MEGATRON_VERSION}")
+        from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
         from megatron.core.tensor_parallel import random
+        from megatron.core.transformer.moe import moe_utils, token_dispatcher
 
         require_symbols(torch.cuda, tuple(_CUDA_STAND_INS))
-        require_symbols(random, ("_get_cuda_rng_state", "_set_cuda_rng_state"))
-        random._get_cuda_rng_state = _CUDA_STAND_INS["get_rng_state"]
-        random._set_cuda_rng_state = _set_rng_state
+        for owner, replaced in (
+            (random, {"_get_cuda_rng_state": _CUDA_STAND_INS["get_rng_state"], "_set_cuda_rng_state": _set_rng_state}),
+            (token_dispatcher, {"maybe_move_tensor_to_cpu": _on_host}),
+            (DistributedOptimizer, {"_set_main_param_and_optimizer_states": _set_shards}),
+        ):
+            require_symbols(owner, tuple(replaced))
+            for name, stand_in in replaced.items():
+                setattr(owner, name, stand_in)
+        # Without Transformer Engine 0.16.1 leaves this name unbound, and the router reads it.
+        if not hasattr(moe_utils, "te_general_gemm"):
+            moe_utils.te_general_gemm = None
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
@@ -118,7 +175,7 @@ class Cpu:
             for name, original in kept.items():
                 setattr(torch.cuda, name, original)
 
-    def transformer_flags(self, tensor_parallel_size: int) -> dict[str, Any]:
+    def transformer_flags(self) -> dict[str, Any]:
         return {
             "use_cpu_initialization": True,
             "gradient_accumulation_fusion": False,
@@ -127,16 +184,17 @@ class Cpu:
             "masked_softmax_fusion": False,
             "apply_rope_fusion": False,
             "persist_layer_norm": False,
-            # Works, but gloo emulates reduce-scatter: a tenth slower, to save memory that a CPU has.
-            "sequence_parallel": False,
+            "moe_grouped_gemm": False,
+            "moe_permute_fusion": False,
+            "moe_router_fusion": False,
         }
 
-    def layer_specs(self, config: TransformerConfig) -> TransformerBlockSubmodules:
+    def layer_specs(self, config: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
         from megatron_pbsd.platform.cpu_modules import layer_specs
 
-        return layer_specs(config)
+        return layer_specs(config, vp_stage)
 
-    def parameter_name(self, name: str) -> str:
+    def parameter_name(self, name: str, held: Container[str]) -> str:
         return name
 
     def seed(self, seed: int) -> None:

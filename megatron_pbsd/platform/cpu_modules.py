@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_layer_specs
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+
+LONGEST_OVER_SHORTEST = 1.5
+"""Packed sequences within this ratio of lengths share one call of the attention kernel, padded to the longest."""
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -24,7 +31,8 @@ class RMSNorm(torch.nn.RMSNorm):
 
 
 class CausalAttention(MegatronModule):
-    """Causal softmax attention over right-padded sequences.
+    """Causal softmax attention over right-padded or packed sequences, each of which may be divided over
+    context-parallel ranks.
 
     Padding stands after every real token, so the causal rule alone keeps real tokens from reading it: no mask.
     """
@@ -45,6 +53,7 @@ class CausalAttention(MegatronModule):
             raise ValueError(f"CausalAttention is causal self-attention, not {attn_mask_type} {attention_type!r}")
         self.scale = softmax_scale or 1 / math.sqrt(config.kv_channels)
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+        self.context_group = pg_collection.cp
 
     def forward(
         self,
@@ -56,23 +65,100 @@ class CausalAttention(MegatronModule):
         attention_bias: torch.Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
     ) -> torch.Tensor:
-        """query [S, B, H, D], key and value [S, B, G, D] with G dividing H; result [S, B, H * D]."""
-        if attention_mask is not None or attention_bias is not None or packed_seq_params is not None:
-            raise ValueError("CausalAttention takes no mask, no bias and no packed sequences")
-        query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        out = F.scaled_dot_product_attention(
-            query, key, value, is_causal=True, scale=self.scale, enable_gqa=True,
-            dropout_p=self.dropout if self.training else 0.0)
-        return out.permute(2, 0, 1, 3).flatten(2)
+        """query [S, B, H, D], key and value [S, B, G, D] with G dividing H; result [S, B, H * D].
+
+        Packed: the same without the dimension B. `cu_seqlens_q` bounds the sequences over all context-parallel ranks,
+        of which this rank holds S positions in zigzag order: of 2 cp chunks the r-th and the r-th from the end.
+        """
+        if attention_mask is not None or attention_bias is not None:
+            raise ValueError("CausalAttention takes no mask and no bias")
+        cp = self.context_group.size()
+        if packed_seq_params is None:
+            lengths = [len(query) * cp]
+        else:
+            lengths = packed_seq_params.cu_seqlens_q.diff().tolist()
+            query, key, value = (x.unsqueeze(1) for x in (query, key, value))
+        query, key, value = (x.transpose(0, 1) for x in (query, key, value))
+        if cp > 1:
+            out = self._divided(query, key, value, lengths)
+        elif len(lengths) == 1:
+            out = self._attend(query, key, value, is_causal=True)
+        else:
+            out = self._packed(query[0], key[0], value[0], lengths)[None]
+        out = out.transpose(0, 1).flatten(2)
+        return out if packed_seq_params is None else out.squeeze(1)
+
+    def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **mask) -> torch.Tensor:
+        """All [B, S, heads, D]."""
+        return F.scaled_dot_product_attention(
+            query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), scale=self.scale, enable_gqa=True,
+            dropout_p=self.dropout if self.training else 0.0, **mask).transpose(1, 2)
+
+    def _packed(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: Sequence[int]
+    ) -> torch.Tensor:
+        """Sequences [sum of lengths, heads, D] end to end; those of like length are attended to in one call."""
+        starts = torch.tensor([0, *lengths]).cumsum(0)[:-1]
+        places, parts = [], []
+        for members in like_lengths(lengths):
+            offset = torch.arange(lengths[members[0]])
+            # Beyond a sequence's end stands whatever follows it: causality hides it.
+            place = (starts[members][:, None] + offset).clamp_(max=len(query) - 1)
+            rows = [x.index_select(0, place.flatten()).unflatten(0, place.shape) for x in (query, key, value)]
+            out = self._attend(*rows, is_causal=True).flatten(0, 1)
+            real = (offset < torch.tensor([lengths[i] for i in members])[:, None]).flatten().nonzero()[:, 0]
+            places.append(place.flatten()[real])
+            parts.append(out.index_select(0, real))
+        order = torch.empty(len(query), dtype=torch.int64)
+        order[torch.cat(places)] = torch.arange(len(query))
+        return torch.cat(parts).index_select(0, order)
+
+    def _divided(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: Sequence[int]
+    ) -> torch.Tensor:
+        """Queries of this rank against the keys of all context-parallel ranks."""
+        cp, rank = self.context_group.size(), self.context_group.rank()
+        gathered = gather_from_sequence_parallel_region(
+            torch.cat([key, value], -1).transpose(0, 1).contiguous(), tensor_parallel_output_grad=True,
+            group=self.context_group)
+        key, value = gathered.transpose(0, 1).split(key.shape[-1], -1)
+        parts, start, held = [], 0, query.shape[1]
+        for length in lengths:
+            chunk = length // (2 * cp)
+            # Chunk c lies with rank min(c, 2 cp - 1 - c), in its first half or in its second.
+            place = torch.cat([
+                min(c, 2 * cp - 1 - c) * held + start + (c >= cp) * chunk + torch.arange(chunk) for c in range(2 * cp)])
+            for half, c in enumerate((rank, 2 * cp - 1 - rank)):
+                first = start + half * chunk
+                visible = place[: (c + 1) * chunk]
+                mask = torch.ones(chunk, len(visible), dtype=torch.bool).tril(c * chunk)
+                parts.append(self._attend(
+                    query[:, first : first + chunk], key[:, visible], value[:, visible], attn_mask=mask))
+            start += length // cp
+        return torch.cat(parts, 1)
 
 
-def layer_specs(config: TransformerConfig) -> TransformerBlockSubmodules:
+def like_lengths(lengths: Sequence[int]) -> list[list[int]]:
+    """Indices grouped so that lengths in a group differ by no more than `LONGEST_OVER_SHORTEST`, longest first."""
+    groups: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if groups and lengths[groups[-1][0]] <= LONGEST_OVER_SHORTEST * lengths[i]:
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+    return groups
+
+
+def layer_specs(config: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
     """Local (not Transformer Engine) layers of this pipeline stage with the two modules above."""
-    layer = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization=config.normalization)
-    layer.submodules.input_layernorm = RMSNorm
-    layer.submodules.pre_mlp_layernorm = RMSNorm
-    attention = layer.submodules.self_attention.submodules
-    attention.core_attention = CausalAttention
-    if config.qk_layernorm:
-        attention.q_layernorm = attention.k_layernorm = RMSNorm
-    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=RMSNorm)
+    layers = get_gpt_decoder_layer_specs(config, use_transformer_engine=False, normalization=config.normalization)
+    first = get_transformer_layer_offset(config, vp_stage=vp_stage)
+    layers = layers[first : first + get_num_layers_to_build(config, vp_stage=vp_stage)]
+    for layer in layers:
+        layer.submodules.input_layernorm = RMSNorm
+        layer.submodules.pre_mlp_layernorm = RMSNorm
+        attention = layer.submodules.self_attention.submodules
+        attention.core_attention = CausalAttention
+        if attention.q_layernorm is not IdentityOp:
+            attention.q_layernorm = attention.k_layernorm = RMSNorm
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import re
+from collections.abc import Container, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,14 +17,21 @@ FUSED_NORMS = {
     "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
     "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
 }
-"""Transformer Engine keeps a norm in the linear layer that follows it."""
+"""Transformer Engine keeps a norm in the linear layer that follows it; before experts none follows."""
+
+GROUPED_EXPERT = re.compile(r"experts\.local_experts\.(\d+)\.(linear_fc[12])\.weight$")
+"""Grouped matrix products keep the weights of all experts in one module."""
 
 
 class Cuda:
     name = "cuda"
     backend = "nccl"
-    dtype = torch.bfloat16
     distributed_optimizer = True
+    sequence_parallel = True
+    frees_pipeline_outputs = True
+
+    def dtype(self, precision: str) -> torch.dtype:
+        return torch.float32 if precision == "float32" else torch.bfloat16
 
     def device(self, rank: int) -> torch.device:
         return torch.device("cuda", rank % torch.cuda.device_count())
@@ -35,7 +43,7 @@ class Cuda:
     def running(self) -> Iterator[None]:
         yield
 
-    def transformer_flags(self, tensor_parallel_size: int) -> dict[str, Any]:
+    def transformer_flags(self) -> dict[str, Any]:
         return {
             # The output layer is Megatron's own, whose fused weight gradient needs Apex.
             "gradient_accumulation_fusion": False,
@@ -43,19 +51,22 @@ class Cuda:
             "bias_activation_fusion": True,
             "apply_rope_fusion": True,
             "persist_layer_norm": True,
-            "sequence_parallel": tensor_parallel_size > 1,
+            "moe_grouped_gemm": True,
+            "moe_permute_fusion": True,
+            # The fused top-k has no place for prescribed experts.
+            "moe_router_fusion": False,
         }
 
-    def layer_specs(self, config: TransformerConfig) -> TransformerBlockSubmodules:
+    def layer_specs(self, config: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
         from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 
-        return get_gpt_decoder_block_spec(config, use_transformer_engine=True)
+        return get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage)
 
-    def parameter_name(self, name: str) -> str:
+    def parameter_name(self, name: str, held: Container[str]) -> str:
         for ours, theirs in FUSED_NORMS.items():
-            if name.endswith(ours):
-                return name.removesuffix(ours) + theirs
-        return name
+            if name.endswith(ours) and (fused := name.removesuffix(ours) + theirs) in held:
+                return fused
+        return GROUPED_EXPERT.sub(r"experts.\2.weight\1", name)
 
     def seed(self, seed: int) -> None:
         from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed

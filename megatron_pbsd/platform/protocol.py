@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 
@@ -16,14 +17,16 @@ class Platform(Protocol):
     """A device family: `cpu` or `cuda`.
 
     backend:  torch.distributed backend of every group.
-    dtype:    of parameters and activations; optimizer state and gradients are float32 everywhere.
-    distributed_optimizer:  shard optimizer state over data-parallel ranks.
+    distributed_optimizer:   shard optimizer state over data-parallel ranks, unless the configuration decides.
+    sequence_parallel:       divide activations between tensor-parallel layers, unless the configuration decides.
+    frees_pipeline_outputs:  whether the interleaved schedule may free what it has sent.
     """
 
     name: str
     backend: str
-    dtype: torch.dtype
     distributed_optimizer: bool
+    sequence_parallel: bool
+    frees_pipeline_outputs: bool
 
     def device(self, rank: int) -> torch.device:
         """Device of a global rank."""
@@ -34,14 +37,17 @@ class Platform(Protocol):
     def running(self) -> AbstractContextManager[None]:
         """Surrounds every call into Megatron-core, in the thread that makes it."""
 
-    def transformer_flags(self, tensor_parallel_size: int) -> dict[str, Any]:
+    def dtype(self, precision: Literal["auto", "float32", "bfloat16"]) -> torch.dtype:
+        """Of parameters and activations; optimizer state and gradients are float32 everywhere."""
+
+    def transformer_flags(self) -> dict[str, Any]:
         """TransformerConfig fields that depend on the hardware alone."""
 
-    def layer_specs(self, config: TransformerConfig) -> TransformerBlockSubmodules:
-        """Modules of this pipeline stage's decoder layers and final norm."""
+    def layer_specs(self, config: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
+        """Modules of this (virtual) pipeline stage's decoder layers and final norm."""
 
-    def parameter_name(self, name: str) -> str:
-        """Name under which these specs keep a parameter that `models` calls `name`."""
+    def parameter_name(self, name: str, held: Container[str]) -> str:
+        """Name under which these specs keep a parameter that `models` calls `name`; `held` are the model's names."""
 
     def seed(self, seed: int) -> None:
         """Seed every generator that model-parallel code draws from."""
