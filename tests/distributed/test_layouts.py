@@ -21,57 +21,36 @@ from megatron_pbsd.platform.cpu import Cpu
 from megatron_pbsd.resharding.manifest import layout
 from megatron_pbsd.resharding.shared_memory import Segment, attach
 
-LAYOUTS = {
-    "one": ParallelConfig(world_size=1, tp=1, pp=1),
-    "tp2": ParallelConfig(world_size=2, tp=2, pp=1),
+ONE = ParallelConfig(world_size=1, tp=1)
+DENSE = {
+    "tp2": ParallelConfig(world_size=2, tp=2),
     "pp2": ParallelConfig(world_size=2, tp=1, pp=2),
-    "dp2": ParallelConfig(world_size=2, tp=1, pp=1),
+    "pp2vpp2": ParallelConfig(world_size=2, tp=1, pp=2, vpp=2),
+    "pp4vpp2": ParallelConfig(world_size=4, tp=1, pp=4, vpp=2),
+    "cp2": ParallelConfig(world_size=2, tp=1, cp=2),
+    "dp2": ParallelConfig(world_size=2, tp=1),
+    "dp4": ParallelConfig(world_size=4, tp=1),
     "tp2pp2": ParallelConfig(world_size=4, tp=2, pp=2),
+    "tp2cp2": ParallelConfig(world_size=4, tp=2, cp=2, sequence_parallel=True),
     "pp2dp2": ParallelConfig(world_size=4, tp=1, pp=2),
 }
+MOE = {
+    "ep2": ParallelConfig(world_size=2, tp=1, ep=2),
+    "etp2": ParallelConfig(world_size=2, tp=2, etp=2),
+    "tp2ep2": ParallelConfig(world_size=4, tp=2, ep=2),
+    "ep4": ParallelConfig(world_size=4, tp=1, ep=4),
+    "pp2ep2": ParallelConfig(world_size=4, tp=1, pp=2, ep=2),
+    "cp2ep2": ParallelConfig(world_size=4, tp=1, cp=2, ep=2),
+}
+LAYOUTS = {"one": ONE, **DENSE, **MOE}
 # A large epsilon makes the first Adam step a smooth function of the gradient instead of its sign.
 OPTIMIZER = OptimizerConfig(lr=1e-2, eps=1e-2, clip_grad=0.5, weight_decay=0.1, warmup_steps=1, decay_style="linear")
+POLICY = PolicyLossConfig(kl_coefficient=0.3, entropy_coefficient=0.05, clip_low=0.1, clip_high=0.1, mismatch_cap=1.2)
 LOSSES = {
     "sft": SFTConfig(),
-    "policy": PolicyLossConfig(kl_coefficient=0.3, entropy_coefficient=0.05, clip_low=0.1, clip_high=0.1,
-                               mismatch_cap=1.2),
+    "grpo": POLICY,
 }
-
-
-class SequenceParallelCpu(Cpu):
-    def transformer_flags(self, tensor_parallel_size):
-        return super().transformer_flags(tensor_parallel_size) | {"sequence_parallel": tensor_parallel_size > 1}
-
-
-def make_batch(seed: int = 0, sequences: int = 7) -> Batch:
-    rng = np.random.default_rng(seed)
-    tokens = [rng.integers(0, 64, n) for n in rng.integers(2, 24, sequences)]
-    columns = {
-        "loss_mask": [(rng.random(len(t)) < 0.6).astype(np.float32) for t in tokens],
-        "advantages": [rng.normal(size=len(t)) for t in tokens],
-        "old_log_probs": [-4 + 0.5 * rng.normal(size=len(t)) for t in tokens],
-    }
-    columns["rollout_log_probs"] = [o + 0.2 * rng.normal(size=len(o)) for o in columns["old_log_probs"]]
-    return Batch({"tokens": tokens, **columns})
-
-
-def train(rank, rendezvous, folder, parallel, loss, platform=None, initial="load", sequences=7):
-    """Log-probs before, metrics of each step, weights before and after."""
-    from megatron_pbsd.learner.learner import Learner
-
-    config = LearnerConfig(parallel=parallel, optimizer=OPTIMIZER, micro_batch_tokens=48)
-    learner = Learner(rank, rendezvous, ModelConfig(path=str(folder), initial_weights=initial), config,
-                      losses.build(loss), seed=3, total_steps=10, platform=platform)
-    try:
-        batch = make_batch(sequences=sequences)
-        everywhere = learner.log_probs(Batch({"tokens": batch["tokens"]}))
-        masked = learner.log_probs(batch)
-        before = published(learner, rank)
-        metrics = [learner.step(batch).metrics for _ in range(3)]
-        return {"log_probs": everywhere, "masked": masked, "metrics": metrics, "before": before,
-                "after": published(learner, rank)}
-    finally:
-        learner.close()
+STEPS = 2
 
 
 def published(learner, rank):

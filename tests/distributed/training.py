@@ -1,0 +1,97 @@
+"""What the tests of the learner run on every rank: a batch, a few steps of each loss, and the weights they lead to."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from megatron_pbsd import losses
+from megatron_pbsd.batch import Batch
+from megatron_pbsd.config import LearnerConfig, ModelConfig, OptimizerConfig
+from megatron_pbsd.resharding.manifest import layout
+from megatron_pbsd.resharding.shared_memory import Segment, attach
+
+# A large epsilon makes the first Adam step a smooth function of the gradient instead of its sign.
+OPTIMIZER = OptimizerConfig(lr=1e-2, eps=1e-2, clip_grad=0.5, weight_decay=0.1, warmup_steps=1, decay_style="linear")
+STEPS = 2
+BUDGET = 48
+
+
+def make_batch(seed: int = 0, sequences: int = 7, vocabulary: int = 64) -> Batch:
+    """Prompts followed by turns and observations of random lengths, with every field that some loss reads."""
+    rng = np.random.default_rng(seed)
+    tokens = [rng.integers(0, vocabulary, n) for n in rng.integers(2, 24, sequences)]
+    turns = [_turns(rng, len(t)) for t in tokens]
+    columns = {
+        "turn_index": turns,
+        "loss_mask": [(turn >= 0).astype(np.float32) for turn in turns],
+        "answer_mask": [((turn == turn.max()) & (turn > 0)).astype(np.float32) for turn in turns],
+        "advantages": [np.full(len(t), rng.normal()) for t in tokens],
+        "old_log_probs": [-4 + 0.5 * rng.normal(size=len(t)) for t in tokens],
+        "teacher_log_probs": [-4 + 0.5 * rng.normal(size=len(t)) for t in tokens],
+        "group": [np.int64(i // 3) for i in range(sequences)],
+    }
+    columns["rollout_log_probs"] = [o + 0.2 * rng.normal(size=len(o)) for o in columns["old_log_probs"]]
+    return Batch({"tokens": tokens, **columns})
+
+
+def _turns(rng: np.random.Generator, length: int) -> np.ndarray:
+    """-1 in the prompt and in observations, else the number of the turn."""
+    turns = np.full(length, -1)
+    start, turn = int(rng.integers(1, 5)), 0
+    while start < length:
+        stop = start + int(rng.integers(1, 8))
+        turns[start:stop] = turn
+        start, turn = stop + int(rng.integers(0, 4)), turn + 1
+    return turns
+
+
+def train(rank, rendezvous, folder, settings: LearnerConfig, loss, platform=None, initial="load", sequences=7):
+    """Log-probs before, metrics of each step, weights before and after. `loss`: what `losses.build` takes."""
+    from megatron_pbsd.learner.learner import Learner
+
+    learner = Learner(rank, rendezvous, ModelConfig(path=str(folder), initial_weights=initial), settings,
+                      losses.build(loss), seed=3, total_steps=10, platform=platform)
+    try:
+        batch = make_batch(sequences=sequences)
+        everywhere = learner.log_probs(Batch({"tokens": batch["tokens"]}))
+        masked = learner.log_probs(batch)
+        before = published(learner, rank)
+        updates = [learner.step(batch) for _ in range(STEPS)]
+        return {"log_probs": everywhere, "masked": masked, "before": before, "after": published(learner, rank),
+                "metrics": [update.metrics for update in updates], "first": updates[0].log_probs}
+    finally:
+        learner.close()
+
+
+def published(learner, rank):
+    """All weights as one rank after another wrote them into one segment."""
+    import torch.distributed as dist
+
+    segment = Segment(layout("", learner.tensors()).nbytes) if rank == 0 else None
+    name = [segment.name if segment else None]
+    dist.broadcast_object_list(name)
+    manifest = layout(name[0], learner.tensors())
+    learner.publish(manifest)
+    dist.barrier()
+    differing = learner.differing(manifest)
+    assert differing == [], differing
+    dist.barrier()
+    if rank != 0:
+        return None
+    tensors = {name: tensor.clone().float().numpy() for name, tensor in attach(manifest).items()}
+    segment.close()
+    return tensors
+
+
+def assert_same_run(results, expected, rtol=1e-5, atol=2e-6):
+    """`results`: of each rank. Metrics, log-probs and weights are those of `expected`, which one rank computed."""
+    for result in results:
+        for found, wanted in zip(result["metrics"], expected["metrics"], strict=True):
+            for name in wanted:
+                np.testing.assert_allclose(found[name], wanted[name], rtol=rtol, atol=1e-7, err_msg=name)
+            assert found.keys() == wanted.keys()
+    for kind in ("log_probs", "masked", "first"):
+        for found, wanted in zip(results[0][kind], expected[kind], strict=True):
+            np.testing.assert_allclose(found, wanted, rtol=rtol, atol=atol, err_msg=kind)
+    for name, wanted in expected["after"].items():
+        np.testing.assert_allclose(results[0]["after"][name], wanted, rtol=rtol, atol=atol, err_msg=name)
