@@ -4,33 +4,20 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from typing import Any, Protocol, cast
+from typing import Any
 
 from megatron_pbsd.config import ParallelConfig
-from megatron_pbsd.models import qwen3
+from megatron_pbsd.models import glm4_moe, qwen3, qwen3_moe
 from megatron_pbsd.models.errors import ModelError
-from megatron_pbsd.models.parameters import ParameterMap, RankCoordinates
+from megatron_pbsd.models.family import Family
 
 __all__ = ["Family", "ModelError", "family", "layout_problems"]
 
-
-class Family(Protocol):
-    """What a family's module offers; see `models/qwen3.py` for the words."""
-
-    def check_config(self, hf: Mapping[str, Any]) -> None: ...
-
-    def transformer_config(self, hf: Mapping[str, Any]) -> dict[str, Any]: ...
-
-    def gpt_model(self, hf: Mapping[str, Any]) -> dict[str, Any]: ...
-
-    def hf_tensors(self, hf: Mapping[str, Any]) -> dict[str, tuple[int, ...]]: ...
-
-    def layout_problems(self, hf: Mapping[str, Any], parallel: ParallelConfig) -> list[str]: ...
-
-    def pieces(self, hf: Mapping[str, Any], parallel: ParallelConfig, at: RankCoordinates) -> ParameterMap: ...
-
-
-FAMILIES: Mapping[str, Family] = {"qwen3": cast(Family, qwen3)}
+FAMILIES: Mapping[str, Family] = {
+    "qwen3": Family(qwen3.check_fields, qwen3.decoder),
+    "qwen3_moe": Family(qwen3_moe.check_fields, qwen3_moe.decoder),
+    "glm4_moe": Family(glm4_moe.check_fields, glm4_moe.decoder),
+}
 
 
 def family(hf: Mapping[str, Any]) -> Family:

@@ -32,6 +32,31 @@ def ignored() -> FieldRule:
     return FieldRule("ignored")
 
 
+DECODER_FIELDS: Mapping[str, FieldRule] = {
+    **{name: mapped() for name in (
+        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+        "num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings",
+        "initializer_range", "attention_dropout")},
+    # transformers 5 writes rope_parameters, 4 wrote rope_theta and rope_scaling.
+    "rope_parameters": mapped(),
+    "rope_theta": mapped(),
+    "rope_scaling": only(None),
+    "hidden_act": only("silu"),
+    "is_encoder_decoder": only(False),
+    "chunk_size_feed_forward": only(0),
+    "quantization_config": only(None),
+    **{name: ignored() for name in (
+        "architectures", "transformers_version", "dtype", "torch_dtype", "use_cache", "bos_token_id", "eos_token_id",
+        "pad_token_id", "_name_or_path", "return_dict", "output_hidden_states", "output_attentions", "id2label",
+        "label2id", "problem_type")},
+}
+"""Rules for the fields that every decoder family has."""
+
+DECODER_REQUIRED = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings", "initializer_range")
+
+
 def checked(
     config: Mapping[str, Any], rules: Mapping[str, FieldRule], required: tuple[str, ...], prefix: str = ""
 ) -> None:
@@ -48,6 +73,37 @@ def checked(
                             f"supported: {', '.join(map(repr, rule.values))}")
     if problems:
         raise ModelError("config.json: " + "; ".join(problems))
+
+
+def either(config: Mapping[str, Any], *names: str) -> Any:
+    """Value of a field that goes by several names. ModelError when it is missing, or has two values."""
+    found = {name: config[name] for name in names if name in config}
+    if not found:
+        raise ModelError(f"config.json: {' or '.join(map(repr, names))} is missing")
+    if len(set(found.values())) > 1:
+        raise ModelError("config.json: " + " and ".join(f"{name!r} = {value!r}" for name, value in found.items())
+                         + " are two names of one field")
+    return next(iter(found.values()))
+
+
+def rope(config: Mapping[str, Any], optional: tuple[str, ...] = ()) -> dict[str, Any]:
+    """rope_theta and the `optional` fields of plain rotary embeddings; 'rope_parameters' goes before the fields beside
+    it. ModelError when there is no rope_theta, or 'rope_parameters' has fields or types other than these."""
+    names = ("rope_theta", *optional)
+    inner = config.get("rope_parameters") or {}
+    checked(inner, {**{name: mapped() for name in names}, "rope_type": only("default")}, (), "rope_parameters.")
+    found = {name: source[name] for source in (config, inner) for name in names if name in source}
+    if "rope_theta" not in found:
+        raise ModelError("config.json: 'rope_theta' is missing, in 'rope_parameters' and beside it")
+    return found
+
+
+def decoder_values(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Values of the fields that every decoder family has, besides those of rotary embeddings."""
+    return {name: config[name] for name in DECODER_REQUIRED} | {
+        "head_dim": config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"],
+        "attention_dropout": config.get("attention_dropout", 0.0),
+    }
 
 
 def read(folder: str | Path) -> dict[str, Any]:

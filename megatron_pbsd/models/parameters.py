@@ -15,11 +15,16 @@ Index = tuple[slice, ...]
 
 @dataclass(frozen=True)
 class RankCoordinates:
-    """Place of a rank in the tensor-, data- and pipeline-parallel dimensions."""
+    """Place of a rank. Its attention and dense layers lie at (tp, cp, dp, pp), its experts at (etp, ep, expert_dp, pp):
+    the same ranks, divided in two ways."""
 
     tp: int
+    cp: int
     dp: int
     pp: int
+    etp: int
+    ep: int
+    expert_dp: int
 
 
 @dataclass(frozen=True)
@@ -45,21 +50,26 @@ ParameterMap = Mapping[str, list[Piece]]
 
 @dataclass(frozen=True)
 class Placement:
-    """Makes pieces for one rank. shapes: of the Hugging Face tensors. tp: tensor-parallel size."""
+    """Makes pieces of tensors that `size` ranks divide, for the one of them that is `rank`.
+
+    shapes:  of the Hugging Face tensors.
+    primary: of the ranks that hold the same share, this one speaks for it.
+    """
 
     shapes: Mapping[str, tuple[int, ...]]
-    tp: int
-    at: RankCoordinates
+    rank: int
+    size: int
+    primary: bool
 
     def share(self, length: int) -> slice:
-        """This rank's 1/tp of a dimension."""
-        each = length // self.tp
-        return slice(self.at.tp * each, (self.at.tp + 1) * each)
+        """This rank's part of a dimension."""
+        each = length // self.size
+        return slice(self.rank * each, (self.rank + 1) * each)
 
     def whole(self, name: str) -> list[Piece]:
-        """A tensor that every tensor-parallel rank holds in full."""
+        """A tensor that each of the ranks holds in full."""
         index = tuple(slice(0, n) for n in self.shapes[name])
-        return [Piece(name, index, index, primary=self.at.dp == 0 and self.at.tp == 0)]
+        return [Piece(name, index, index, self.primary and self.rank == 0)]
 
     def part(self, name: str, dim: int, primary: bool = True) -> list[Piece]:
         """A matrix divided along `dim`: 0 column parallel, 1 row parallel (Megatron's words for y = Wx)."""
@@ -67,27 +77,56 @@ class Placement:
         share = self.share(shape[dim])
         hf_index = tuple(share if d == dim else slice(0, n) for d, n in enumerate(shape))
         local_index = tuple(slice(0, s.stop - s.start) for s in hf_index)
-        return [Piece(name, hf_index, local_index, primary and self.at.dp == 0)]
+        return [Piece(name, hf_index, local_index, primary and self.primary)]
 
     def stacked(self, rows: list[tuple[str, slice]]) -> list[Piece]:
-        """A local matrix whose rows are these rows of these tensors, in order."""
+        """A local matrix or vector whose rows are these rows of these tensors, in order."""
         made, start = [], 0
         for name, span in rows:
-            columns = slice(0, self.shapes[name][1])
+            columns = tuple(slice(0, n) for n in self.shapes[name][1:])
             stop = start + span.stop - span.start
-            made.append(Piece(name, (span, columns), (slice(start, stop), columns), self.at.dp == 0))
+            made.append(Piece(name, (span, *columns), (slice(start, stop), *columns), self.primary))
             start = stop
         return made
 
 
 def coordinates(parallel: ParallelConfig, rank: int) -> RankCoordinates:
-    """Megatron-core's order of ranks: tensor parallel fastest, then data parallel, then pipeline."""
+    """Megatron-core's order of ranks, 'tp-cp-ep-dp-pp': the first is the fastest. Context parallelism divides dense
+    layers only, expert parallelism experts only."""
+    stage = parallel.world_size // parallel.pp
+    within = rank % stage
     return RankCoordinates(
-        tp=rank % parallel.tp,
-        dp=rank // parallel.tp % parallel.dp,
-        pp=rank // (parallel.tp * parallel.dp))
+        tp=within % parallel.tp,
+        cp=within // parallel.tp % parallel.cp,
+        dp=within // (parallel.tp * parallel.cp),
+        pp=rank // stage,
+        etp=within % parallel.etp,
+        ep=within // parallel.etp % parallel.ep,
+        expert_dp=within // (parallel.etp * parallel.ep))
+
+
+def stage_layers(layers: int, parallel: ParallelConfig, pp: int, chunk: int) -> range:
+    """Decoder layers of model chunk `chunk`, 0 … vpp - 1, of pipeline rank `pp`.
+
+    The model passes all ranks' first chunks, then all second ones (interleaved schedule: arXiv 2104.04473,
+    section 2.2).
+    """
+    each = layers // (parallel.pp * parallel.vpp)
+    start = (chunk * parallel.pp + pp) * each
+    return range(start, start + each)
+
+
+def local_experts(experts: int, parallel: ParallelConfig, ep: int) -> range:
+    """Experts of expert-parallel rank `ep`."""
+    each = experts // parallel.ep
+    return range(ep * each, (ep + 1) * each)
 
 
 def local_shape(pieces: list[Piece]) -> tuple[int, ...]:
     """Shape of the parameter that these pieces tile."""
     return tuple(max(p.local_index[d].stop for p in pieces) for d in range(len(pieces[0].local_index)))
+
+
+def is_buffer(name: str) -> bool:
+    """Whether what Megatron-core calls `name` is a buffer, not a parameter: no gradient, and float32 always."""
+    return name.endswith(".router.expert_bias")

@@ -1,0 +1,142 @@
+"""A decoder-only transformer in the words of Hugging Face configurations, and the tensors its checkpoints hold."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Experts:
+    """Mixture of experts in place of the dense MLP of some layers; fields by their usual names in config.json.
+
+    layers:         for each decoder layer, whether it has experts.
+    scores:         of the experts for a token: softmax over all of them, or the sigmoid of each logit.
+    norm_topk_prob: the weights of the chosen experts are divided by their sum, before routed_scaling_factor.
+    n_group:        experts are divided into so many groups; a token chooses from the topk_group groups whose two
+                    best experts have the highest sum (DeepSeek-V3, arXiv 2412.19437, section 2.1.2).
+    score_bias:     a stored number per expert is added to the scores for the choice, not for the weights.
+    shared_intermediate_size:  width of the MLP that every token passes besides; None where there is none.
+    """
+
+    layers: tuple[bool, ...]
+    num_experts: int
+    num_experts_per_tok: int
+    moe_intermediate_size: int
+    scores: Literal["softmax", "sigmoid"]
+    norm_topk_prob: bool
+    routed_scaling_factor: float = 1.0
+    n_group: int = 1
+    topk_group: int = 1
+    score_bias: bool = False
+    shared_intermediate_size: int | None = None
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """RMSNorm, rotary positions, grouped-query attention and SiLU-gated MLPs; fields by their names in config.json.
+
+    rotary_factor:  share of each head's dimensions that are rotated, the first ones.
+    qkv_bias:       queries, keys and values have biases; no other projection has.
+    qk_norm:        queries and keys are normalised per head.
+    experts:        None for a dense model.
+    mtp_layers:     layers after the last, for multi-token prediction, which a checkpoint may hold. They take no part
+                    in the next token's probability: they are neither read nor trained nor published.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    rms_norm_eps: float
+    initializer_range: float
+    attention_dropout: float
+    tie_word_embeddings: bool
+    rope_theta: float
+    qk_norm: bool
+    qkv_bias: bool = False
+    rotary_factor: float = 1.0
+    experts: Experts | None = None
+    mtp_layers: int = 0
+
+    def has_experts(self, layer: int) -> bool:
+        return self.experts is not None and self.experts.layers[layer]
+
+
+def hf_tensors(decoder: Decoder) -> Shapes:
+    """Name → shape of every tensor of a checkpoint, in the order of the model; experts have tensors of their own, as
+    on disk, and a tied lm_head has none."""
+    embedding = (decoder.vocab_size, decoder.hidden_size)
+    shapes: Shapes = {"model.embed_tokens.weight": embedding}
+    for layer in range(decoder.num_hidden_layers):
+        prefix = f"model.layers.{layer}"
+        shapes[f"{prefix}.input_layernorm.weight"] = (decoder.hidden_size,)
+        shapes |= _attention(decoder, f"{prefix}.self_attn")
+        shapes[f"{prefix}.post_attention_layernorm.weight"] = (decoder.hidden_size,)
+        if decoder.experts is not None and decoder.has_experts(layer):
+            shapes |= _experts(decoder.experts, decoder.hidden_size, f"{prefix}.mlp")
+        else:
+            shapes |= _mlp(decoder.intermediate_size, decoder.hidden_size, f"{prefix}.mlp")
+    shapes["model.norm.weight"] = (decoder.hidden_size,)
+    if not decoder.tie_word_embeddings:
+        shapes["lm_head.weight"] = embedding
+    return shapes
+
+
+def ignored_tensor(decoder: Decoder, name: str) -> bool:
+    """Whether a checkpoint may hold this tensor without it being a part of the model: a layer for multi-token
+    prediction, or the copy that some writers keep of a tied embedding."""
+    layers = range(decoder.num_hidden_layers, decoder.num_hidden_layers + decoder.mtp_layers)
+    tied_copy = decoder.tie_word_embeddings and name == "lm_head.weight"
+    return tied_copy or name.startswith(tuple(f"model.layers.{layer}." for layer in layers))
+
+
+def initial_value(name: str) -> float | None:
+    """What fills a tensor of a new model: 1 for norms, 0 for biases; None means normal(0, initializer_range)."""
+    if name.endswith("norm.weight"):
+        return 1.0
+    return 0.0 if name.endswith("bias") else None
+
+
+def kept_in_float32(name: str) -> bool:
+    """Whether a tensor is float32 whatever the precision of the model: biases that expert choice depends on."""
+    return name.endswith(".e_score_correction_bias")
+
+
+def _attention(decoder: Decoder, prefix: str) -> Shapes:
+    hidden, head = decoder.hidden_size, decoder.head_dim
+    queries, keys = decoder.num_attention_heads * head, decoder.num_key_value_heads * head
+    shapes: Shapes = {}
+    for name, length in (("q_proj", queries), ("k_proj", keys), ("v_proj", keys)):
+        shapes[f"{prefix}.{name}.weight"] = (length, hidden)
+        if decoder.qkv_bias:
+            shapes[f"{prefix}.{name}.bias"] = (length,)
+    if decoder.qk_norm:
+        shapes |= {f"{prefix}.q_norm.weight": (head,), f"{prefix}.k_norm.weight": (head,)}
+    shapes[f"{prefix}.o_proj.weight"] = (hidden, queries)
+    return shapes
+
+
+def _experts(experts: Experts, hidden: int, prefix: str) -> Shapes:
+    shapes: Shapes = {f"{prefix}.gate.weight": (experts.num_experts, hidden)}
+    if experts.score_bias:
+        shapes[f"{prefix}.gate.e_score_correction_bias"] = (experts.num_experts,)
+    for expert in range(experts.num_experts):
+        shapes |= _mlp(experts.moe_intermediate_size, hidden, f"{prefix}.experts.{expert}")
+    if experts.shared_intermediate_size is not None:
+        shapes |= _mlp(experts.shared_intermediate_size, hidden, f"{prefix}.shared_experts")
+    return shapes
+
+
+def _mlp(inner: int, hidden: int, prefix: str) -> Shapes:
+    return {
+        f"{prefix}.gate_proj.weight": (inner, hidden),
+        f"{prefix}.up_proj.weight": (inner, hidden),
+        f"{prefix}.down_proj.weight": (hidden, inner),
+    }

@@ -1,0 +1,98 @@
+"""A decoder in the words of Megatron-core 0.16.1: TransformerConfig fields and GPTModel arguments."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron_pbsd.models.decoder import Decoder, Experts
+
+
+def problems(decoder: Decoder) -> list[str]:
+    """One sentence for each thing in which Megatron-core would compute something else; empty when there is none."""
+    found = []
+    if decoder.num_attention_heads % decoder.num_key_value_heads:
+        found.append(f"num_attention_heads = {decoder.num_attention_heads} is not a multiple of "
+                     f"num_key_value_heads = {decoder.num_key_value_heads}")
+    rotated = int(decoder.head_dim * decoder.rotary_factor)
+    if not rotated or rotated % 2:
+        found.append(f"rotary embeddings turn pairs of dimensions, but head_dim = {decoder.head_dim} * "
+                     f"partial_rotary_factor = {decoder.rotary_factor} gives {rotated} of them")
+    return found + (_routing_problems(decoder.experts) if decoder.experts else [])
+
+
+def _routing_problems(experts: Experts) -> list[str]:
+    found = []
+    chosen, normalised = experts.num_experts_per_tok, experts.norm_topk_prob
+    if not any(experts.layers):
+        found.append("no layer has experts; a dense family describes such a model")
+    if not 1 <= chosen <= experts.num_experts:
+        found.append(f"num_experts_per_tok = {chosen} is not between 1 and the number of experts, "
+                     f"{experts.num_experts}")
+    if chosen == 1 and normalised:
+        found.append("norm_topk_prob = True with num_experts_per_tok = 1 makes every weight 1; "
+                     "Megatron-core does not normalise one expert; supported: norm_topk_prob = False")
+    if experts.scores == "sigmoid" and chosen > 1 and not normalised:
+        found.append(f"norm_topk_prob = False with num_experts_per_tok = {chosen} is not implemented: Megatron-core "
+                     "normalises sigmoid scores; supported: norm_topk_prob = True")
+    if not 1 <= experts.topk_group <= experts.n_group or experts.num_experts % experts.n_group:
+        found.append(f"n_group = {experts.n_group} groups with topk_group = {experts.topk_group} do not divide "
+                     f"{experts.num_experts} experts")
+    elif experts.topk_group < experts.n_group and chosen // experts.topk_group != 2:
+        # Hugging Face ranks groups by their two best experts, Megatron-core by their topk // topk_group best.
+        found.append(f"num_experts_per_tok = {chosen} with topk_group = {experts.topk_group} is not implemented: "
+                     "Megatron-core ranks groups by their best num_experts_per_tok // topk_group experts, "
+                     "which must be 2")
+    return found
+
+
+def transformer_config(decoder: Decoder) -> dict[str, Any]:
+    """TransformerConfig fields; the activation (SiLU) goes by its torch.nn.functional name."""
+    return {
+        "num_layers": decoder.num_hidden_layers,
+        "hidden_size": decoder.hidden_size,
+        "ffn_hidden_size": decoder.intermediate_size,
+        "num_attention_heads": decoder.num_attention_heads,
+        "num_query_groups": decoder.num_key_value_heads,
+        "kv_channels": decoder.head_dim,
+        "layernorm_epsilon": decoder.rms_norm_eps,
+        "attention_dropout": decoder.attention_dropout,
+        "init_method_std": decoder.initializer_range,
+        "hidden_dropout": 0.0,
+        "normalization": "RMSNorm",
+        "qk_layernorm": decoder.qk_norm,
+        "gated_linear_unit": True,
+        "activation_func": "silu",
+        "add_bias_linear": False,
+        "add_qkv_bias": decoder.qkv_bias,
+    } | (_routing(decoder.experts) if decoder.experts else {})
+
+
+def _routing(experts: Experts) -> dict[str, Any]:
+    limited = experts.topk_group < experts.n_group
+    return {
+        "num_moe_experts": experts.num_experts,
+        "moe_layer_freq": [int(has) for has in experts.layers],
+        "moe_ffn_hidden_size": experts.moe_intermediate_size,
+        "moe_shared_expert_intermediate_size": experts.shared_intermediate_size,
+        "moe_router_topk": experts.num_experts_per_tok,
+        "moe_router_score_function": experts.scores,
+        # A softmax over the chosen logits alone is the softmax over all of them divided by the chosen ones' sum.
+        "moe_router_pre_softmax": experts.scores == "softmax" and not experts.norm_topk_prob,
+        "moe_router_topk_scaling_factor": experts.routed_scaling_factor,
+        "moe_router_num_groups": experts.n_group if limited else None,
+        "moe_router_group_topk": experts.topk_group if limited else None,
+        "moe_router_enable_expert_bias": experts.score_bias,
+        "moe_router_dtype": "fp32",
+    }
+
+
+def gpt_model(decoder: Decoder) -> dict[str, Any]:
+    """GPTModel arguments besides its TransformerConfig."""
+    return {
+        "vocab_size": decoder.vocab_size,
+        "max_sequence_length": decoder.max_position_embeddings,
+        "share_embeddings_and_output_weights": decoder.tie_word_embeddings,
+        "position_embedding_type": "rope",
+        "rotary_base": decoder.rope_theta,
+        "rotary_percent": decoder.rotary_factor,
+    }

@@ -1,0 +1,51 @@
+"""Whether a decoder can be divided over ranks in a given way."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import gcd
+
+from megatron_pbsd.config import ParallelConfig
+from megatron_pbsd.models.decoder import Decoder
+
+
+def layout_problems(decoder: Decoder, parallel: ParallelConfig) -> list[str]:
+    """One sentence for each way in which the model cannot be divided like this; empty when it can.
+
+    Context parallelism divides sequences, not the model: any size is possible.
+    """
+    problems = _indivisible("tp", parallel.tp, _tensor_parallel_lengths(decoder))
+    layers = {"num_hidden_layers": decoder.num_hidden_layers}
+    if not_divided := _indivisible("pp", parallel.pp, layers):
+        problems += not_divided
+    else:
+        name = f"num_hidden_layers / pp = {decoder.num_hidden_layers} / {parallel.pp}"
+        problems += _indivisible("vpp", parallel.vpp, {name: decoder.num_hidden_layers // parallel.pp})
+    experts = decoder.experts
+    if experts is None:
+        problems += [
+            f"learner.parallel.{key} = {size} divides experts, and this model has none; valid for this model: [1]"
+            for key, size in (("ep", parallel.ep), ("etp", parallel.etp)) if size > 1]
+    else:
+        problems += _indivisible("ep", parallel.ep, {"num_experts": experts.num_experts})
+        problems += _indivisible("etp", parallel.etp, {"moe_intermediate_size": experts.moe_intermediate_size})
+    return problems
+
+
+def _tensor_parallel_lengths(decoder: Decoder) -> dict[str, int]:
+    experts = decoder.experts
+    lengths = {name: getattr(decoder, name) for name in ("num_attention_heads", "num_key_value_heads", "vocab_size")}
+    if experts is None or not all(experts.layers):
+        lengths["intermediate_size"] = decoder.intermediate_size
+    if experts is not None and experts.shared_intermediate_size is not None:
+        lengths["shared_intermediate_size"] = experts.shared_intermediate_size
+    return lengths
+
+
+def _indivisible(key: str, size: int, lengths: Mapping[str, int]) -> list[str]:
+    blocking = ", ".join(f"{name} = {length}" for name, length in lengths.items() if length % size)
+    if not blocking:
+        return []
+    common = gcd(*lengths.values())
+    valid = [n for n in range(1, common + 1) if common % n == 0]
+    return [f"learner.parallel.{key} = {size} does not divide {blocking}; valid for this model: {valid}"]

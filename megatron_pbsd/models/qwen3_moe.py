@@ -1,0 +1,55 @@
+"""Qwen3-MoE: Qwen3 with experts in some or all layers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from megatron_pbsd.models import qwen3
+from megatron_pbsd.models.decoder import Decoder, Experts
+from megatron_pbsd.models.errors import ModelError
+from megatron_pbsd.models.hf_config import (
+    DECODER_REQUIRED,
+    FieldRule,
+    checked,
+    decoder_values,
+    either,
+    ignored,
+    mapped,
+    only,
+    rope,
+)
+
+REQUIRED = ("decoder_sparse_step", "mlp_only_layers", "moe_intermediate_size", "num_experts_per_tok", "norm_topk_prob")
+COUNT = ("num_experts", "num_local_experts")
+"""transformers 4 writes the first, 5 the second."""
+
+FIELDS: Mapping[str, FieldRule] = {
+    **qwen3.FIELDS,
+    "model_type": only("qwen3_moe"),
+    **{name: mapped() for name in (*REQUIRED, *COUNT)},
+    # learner.moe decides how experts are balanced.
+    "router_aux_loss_coef": ignored(),
+    "output_router_logits": ignored(),
+}
+
+
+def check_fields(hf: Mapping[str, Any]) -> None:
+    """See `Family`."""
+    checked(hf, FIELDS, (*DECODER_REQUIRED, *REQUIRED))
+    if hf["decoder_sparse_step"] < 1:
+        raise ModelError(f"config.json: 'decoder_sparse_step' = {hf['decoder_sparse_step']} is not a positive number")
+
+
+def decoder(hf: Mapping[str, Any]) -> Decoder:
+    """See `Family`."""
+    dense = hf["mlp_only_layers"] or []
+    experts = Experts(
+        layers=tuple(layer not in dense and (layer + 1) % hf["decoder_sparse_step"] == 0
+                     for layer in range(hf["num_hidden_layers"])),
+        num_experts=either(hf, *COUNT),
+        num_experts_per_tok=hf["num_experts_per_tok"],
+        moe_intermediate_size=hf["moe_intermediate_size"],
+        scores="softmax",
+        norm_topk_prob=hf["norm_topk_prob"])
+    return Decoder(**decoder_values(hf), rope_theta=rope(hf)["rope_theta"], qk_norm=True, experts=experts)

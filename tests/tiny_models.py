@@ -1,0 +1,41 @@
+"""Tiny models of every family, written by transformers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+COMMON = {
+    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 128, "rms_norm_eps": 1e-6,
+    "initializer_range": 0.1, "tie_word_embeddings": False,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+}
+MOE = {"moe_intermediate_size": 16, "num_experts_per_tok": 2}
+TINY: dict[str, dict[str, Any]] = {
+    "qwen3": COMMON,
+    "qwen3_moe": COMMON | MOE | {"num_experts": 8, "norm_topk_prob": True, "mlp_only_layers": [2]},
+    "glm4_moe": COMMON | MOE | {
+        "n_routed_experts": 8, "n_shared_experts": 2, "first_k_dense_replace": 1, "routed_scaling_factor": 1.5,
+        "attention_bias": True, "use_qk_norm": True},
+}
+"""model_type → configuration."""
+
+
+def make_tiny(model_type: str, folder: Path, seed: int = 0, **changes: Any) -> Path:
+    """`folder`, now with a model in Hugging Face format of which no weight has the value that new models start with.
+
+    changes: configuration fields that differ from `TINY[model_type]`.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(model_type, **TINY[model_type] | changes)
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *(b for n, b in model.named_buffers() if n.endswith("bias"))):
+            tensor.add_(torch.randn_like(tensor) * 0.1)
+    model.save_pretrained(folder)
+    return folder
