@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -30,7 +29,9 @@ from megatron_pbsd.learner.token_table import TokenTable
 from megatron_pbsd.learner.update import Update
 from megatron_pbsd.losses import Loss, LossInputs, LossOutput, token_weights
 from megatron_pbsd.models import family
+from megatron_pbsd.models.decoder import kept_in_float32
 from megatron_pbsd.models.hf_config import read
+from megatron_pbsd.models.transformer_engine import parameter_names
 from megatron_pbsd.platform import Platform, select
 from megatron_pbsd.resharding.manifest import WeightsManifest
 
@@ -71,11 +72,13 @@ class Learner:
             self.platform.seed(seed)
             chunks = build_model(self._family, hf, config, self.platform, "values" in loss.outputs)
             chunks = [chunk.to(self.device) for chunk in chunks]
-            self._weights = weights.Weights(chunks, [
-                self._family.pieces(hf, config.parallel, at, chunk) for chunk in range(len(chunks))], self.platform)
+            maps = [self._family.pieces(hf, config.parallel, at, chunk) for chunk in range(len(chunks))]
+            if self.platform.transformer_engine:
+                maps = [{new: parts[old] for old, new in parameter_names(parts).items()} for parts in maps]
+            self._weights = weights.Weights(chunks, maps)
             self._weights.fill(
-                weights.stored(model.path, self._shapes) if model.initial_weights == "load"
-                else weights.random(self._shapes, hf["initializer_range"], seed))
+                weights.stored(model.path, self._shapes, partial(self._family.ignored_tensor, hf))
+                if model.initial_weights == "load" else weights.random(self._shapes, hf["initializer_range"], seed))
             self._chunks = chunks
             self._model, self._optimizer, self._scheduler = build_optimizer(chunks, config, self.platform, total_steps)
         self._routers = routers(chunks)
@@ -148,7 +151,7 @@ class Learner:
     def tensors(self) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Hugging Face name → dtype, full shape, in the order of the model; a tied lm_head is not separate."""
         dtype = str(self._chunks[0].config.params_dtype).removeprefix("torch.")
-        return {name: (dtype, shape) for name, shape in self._shapes.items()}
+        return {name: ("float32" if kept_in_float32(name) else dtype, shape) for name, shape in self._shapes.items()}
 
     def publish(self, manifest: WeightsManifest) -> None:
         """Write this rank's part of the weights into the shared segment."""

@@ -12,9 +12,9 @@ import torch
 from safetensors import safe_open
 
 from megatron_pbsd.learner.errors import LearnerError
+from megatron_pbsd.models.decoder import initial_value
 from megatron_pbsd.models.errors import ModelError
 from megatron_pbsd.models.parameters import Index, ParameterMap, Piece, local_shape
-from megatron_pbsd.platform import Platform
 from megatron_pbsd.resharding.manifest import WeightsManifest
 from megatron_pbsd.resharding.shared_memory import attach
 
@@ -22,16 +22,14 @@ Source = Callable[[str, Index], torch.Tensor]
 """(Hugging Face name, index) → that part of the tensor."""
 
 
-def stored(folder: str, shapes: Mapping[str, tuple[int, ...]]) -> Source:
-    """Tensors of a folder's safetensors files, read part by part.
+def stored(folder: str, shapes: Mapping[str, tuple[int, ...]], ignored: Callable[[str], bool]) -> Source:
+    """Tensors of a folder's safetensors files, read part by part; those that are `ignored` may be there.
 
-    ModelError naming every tensor that is missing, unexpected or of another shape. A stored lm_head is allowed
-    beside a tied embedding: some writers keep the copy.
+    ModelError naming every tensor that is missing, unexpected or of another shape.
     """
     files = _files_by_tensor(Path(folder))
-    tied_copy = {"lm_head.weight"} - set(shapes)
     problems = [f"{name} is missing" for name in shapes if name not in files]
-    problems += [f"{name} is unexpected" for name in files if name not in shapes and name not in tied_copy]
+    problems += [f"{name} is unexpected" for name in files if name not in shapes and not ignored(name)]
     handles = {file: safe_open(file, framework="pt") for file in sorted(set(files.values()))}
     for name, shape in shapes.items():
         if name in files:
@@ -56,12 +54,13 @@ def _files_by_tensor(folder: Path) -> dict[str, Path]:
 
 
 def random(shapes: Mapping[str, tuple[int, ...]], std: float, seed: int) -> Source:
-    """Norm weights 1, matrices normal(0, std); a tensor depends on its name and the seed, never on the layout."""
+    """Norm weights 1, biases 0, matrices normal(0, std); a tensor depends on its name and the seed, never on the
+    layout."""
 
     @lru_cache(maxsize=3)
     def whole(name: str) -> torch.Tensor:
-        if len(shapes[name]) == 1:
-            return torch.ones(shapes[name])
+        if (value := initial_value(name)) is not None:
+            return torch.full(shapes[name], value)
         digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
         return torch.empty(shapes[name]).normal_(0, std, generator=generator)
@@ -72,18 +71,17 @@ def random(shapes: Mapping[str, tuple[int, ...]], std: float, seed: int) -> Sour
 class Weights:
     """A rank's parameters under the names and in the parts that Hugging Face has for them.
 
-    chunks:  the rank's model chunks. maps: for each of them what `models` says of its parameters.
+    chunks:  the rank's model chunks. maps: for each of them what `models` says of its parameters, by name in the chunk.
 
     ModelError when a map and a chunk do not name the same parameters and shapes. A value head has no name there.
     """
 
-    def __init__(self, chunks: Sequence[torch.nn.Module], maps: Sequence[ParameterMap], platform: Platform):
+    def __init__(self, chunks: Sequence[torch.nn.Module], maps: Sequence[ParameterMap]):
         self._parts: list[tuple[torch.Tensor, Piece]] = []
         problems = []
-        for chunk, pieces in zip(chunks, maps, strict=True):
+        for chunk, expected in zip(chunks, maps, strict=True):
             held = {name: tensor for name, tensor in (*chunk.named_parameters(), *persistent_buffers(chunk))
                     if not name.startswith("value_head.")}
-            expected = {platform.parameter_name(name, held): parts for name, parts in pieces.items()}
             shapes = {name: local_shape(parts) for name, parts in expected.items()}
             found = {name: tuple(tensor.shape) for name, tensor in held.items()}
             problems += [f"{name}: map {shapes.get(name)}, model {found.get(name)}"

@@ -8,7 +8,7 @@ that another version of Megatron-core or torch fails here with its name, not lat
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Container, Iterator
+from collections.abc import Iterator
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -135,6 +135,7 @@ class Cpu:
     sequence_parallel = False
     # Gloo still reads an output while the interleaved schedule would already free it: silently wrong.
     frees_pipeline_outputs = False
+    transformer_engine = False
 
     def dtype(self, precision: str) -> torch.dtype:
         return torch.bfloat16 if precision == "bfloat16" else torch.float32
@@ -193,9 +194,6 @@ class Cpu:
         from megatron_pbsd.platform.cpu_modules import layer_specs
 
         return layer_specs(config, vp_stage)
-
-    def parameter_name(self, name: str, held: Container[str]) -> str:
-        return name
 
     def seed(self, seed: int) -> None:
         from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed

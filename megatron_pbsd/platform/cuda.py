@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import re
-from collections.abc import Container, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,22 +12,13 @@ if TYPE_CHECKING:
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-FUSED_NORMS = {
-    "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
-    "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
-}
-"""Transformer Engine keeps a norm in the linear layer that follows it; before experts none follows."""
-
-GROUPED_EXPERT = re.compile(r"experts\.local_experts\.(\d+)\.(linear_fc[12])\.weight$")
-"""Grouped matrix products keep the weights of all experts in one module."""
-
-
 class Cuda:
     name = "cuda"
     backend = "nccl"
     distributed_optimizer = True
     sequence_parallel = True
     frees_pipeline_outputs = True
+    transformer_engine = True
 
     def dtype(self, precision: str) -> torch.dtype:
         return torch.float32 if precision == "float32" else torch.bfloat16
@@ -61,12 +51,6 @@ class Cuda:
         from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 
         return get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage)
-
-    def parameter_name(self, name: str, held: Container[str]) -> str:
-        for ours, theirs in FUSED_NORMS.items():
-            if name.endswith(ours) and (fused := name.removesuffix(ours) + theirs) in held:
-                return fused
-        return GROUPED_EXPERT.sub(r"experts.\2.weight\1", name)
 
     def seed(self, seed: int) -> None:
         from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -20,6 +19,7 @@ class Platform(Protocol):
     distributed_optimizer:   shard optimizer state over data-parallel ranks, unless the configuration decides.
     sequence_parallel:       divide activations between tensor-parallel layers, unless the configuration decides.
     frees_pipeline_outputs:  whether the interleaved schedule may free what it has sent.
+    transformer_engine:      layers are Transformer Engine's, with its names for parameters.
     """
 
     name: str
@@ -27,6 +27,7 @@ class Platform(Protocol):
     distributed_optimizer: bool
     sequence_parallel: bool
     frees_pipeline_outputs: bool
+    transformer_engine: bool
 
     def device(self, rank: int) -> torch.device:
         """Device of a global rank."""
@@ -45,9 +46,6 @@ class Platform(Protocol):
 
     def layer_specs(self, config: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
         """Modules of this (virtual) pipeline stage's decoder layers and final norm."""
-
-    def parameter_name(self, name: str, held: Container[str]) -> str:
-        """Name under which these specs keep a parameter that `models` calls `name`; `held` are the model's names."""
 
     def seed(self, seed: int) -> None:
         """Seed every generator that model-parallel code draws from."""
