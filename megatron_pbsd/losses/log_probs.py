@@ -1,76 +1,231 @@
-"""Log-probability and entropy of tokens from logits whose vocabulary is divided over tensor-parallel ranks."""
+"""Statistics of next-token distributions from hidden states, over a vocabulary divided by tensor parallelism.
+
+The output layer is part of these functions, so that the logits of a long sequence never exist as a whole: they are
+computed for a chunk of positions at a time, and again in the backward pass, where they become their own gradient.
+
+Precision: products of the given dtype (float32 or bfloat16) are summed to float32 logits, which are never rounded to
+bfloat16. Statistics are float32. A bfloat16 backward pass rounds the gradient of the logits for its two products; the
+gradient of the weight is summed over chunks in float32, and gradients are returned in the dtype of what they are of.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+
 import torch
 import torch.distributed as dist
+from torch.autograd.function import once_differentiable
 
-ROWS = 256
-"""Tokens whose logits are reduced together: what the entropy needs beside them stays in the cache."""
+TILES = 16
+"""Parts in which a chunk's logits are reduced: what that needs beside them is this much smaller."""
 
 
-class _VocabParallelLogProbs(torch.autograd.Function):
+@dataclass(frozen=True)
+class TokenStatistics:
+    """Of N positions, in nats, float32; each with gradient.
+
+    log_probs:            [N], of the targets.
+    entropy:              [N], of the whole distribution.
+    candidate_log_probs:  [N, K], of the candidates, if there were any.
+    """
+
+    log_probs: torch.Tensor
+    entropy: torch.Tensor
+    candidate_log_probs: torch.Tensor | None = None
+
+
+def token_statistics(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    group: dist.ProcessGroup,
+    *,
+    rows: int,
+    candidates: torch.Tensor | None = None,
+) -> TokenStatistics:
+    """Log-probability of targets and candidates and the entropy under softmax(hidden @ weight.T).
+
+    The gradient of `hidden` is summed over the group, as by Megatron's column-parallel output layer. Ranks of a group
+    run the same collectives: two in the forward pass, one per chunk in the backward pass.
+
+    hidden:      [N, H], the same on all ranks of the group.
+    weight:      [V / tp, H], this rank's share of the output layer; the dtype of `hidden`.
+    targets:     int64 [N] ids in the whole vocabulary.
+    group:       the tensor-parallel group, ranks in the order of their vocabulary shares.
+    rows:        positions whose logits exist at a time. Up to so many are kept for the backward pass, which computes
+                 the logits again if N is larger.
+    candidates:  int64 [N, K] further ids, which may repeat each other and the target.
+    """
+    ids = targets[:, None] if candidates is None else torch.cat([targets[:, None], candidates], -1)
+    log_probs, entropy = _Statistics.apply(hidden, weight, ids, group, rows)
+    return TokenStatistics(log_probs[:, 0], entropy, None if candidates is None else log_probs[:, 1:])
+
+
+@torch.no_grad()
+def top_tokens(
+    hidden: torch.Tensor, weight: torch.Tensor, k: int, group: dist.ProcessGroup, *, rows: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The 1 ≤ k ≤ V most probable tokens of each position: ids int64 [N, k] and log-probabilities float32 [N, k].
+
+    The most probable first, the smaller id first among equals. Arguments as of `token_statistics`; one collective.
+    """
+    share = len(weight)
+    ids = group.rank() * share + torch.arange(share, device=hidden.device)
+    # Columns: this rank's sum of exp(logit - its largest logit), and its best tokens.
+    best = torch.empty(len(hidden), 1 + min(k, share), dtype=torch.int64, device=hidden.device)
+    logits = _buffer(hidden, weight, rows)
+    for chunk in _spans(len(hidden), rows):
+        z = _matmul(hidden[chunk], weight.T, logits[:len(hidden[chunk])])
+        for tile in _tiles(z):
+            total = (z[tile] - z[tile].amax(-1, keepdim=True)).exp_().sum(-1)
+            best[chunk][tile, 0] = _sort_key(total, 0)
+            best[chunk][tile, 1:] = _sort_key(z[tile], ids).topk(min(k, share)).values
+    shares = [best]
+    if group.size() > 1:
+        shares = [torch.empty_like(best) for _ in range(group.size())]
+        dist.all_gather(shares, best, group=group)
+    values, tokens = _from_sort_key(torch.cat([share[:, 1:] for share in shares], -1).topk(k).values)
+    # Each [N, tp], and of the whole vocabulary [N, 1].
+    (totals, highest), _ = _from_sort_key(torch.stack([share[:, :2].T for share in shares], -1))
+    top = values[:, :1]
+    total = (totals * (highest - top).exp()).sum(-1, keepdim=True)
+    return tokens, values - top - total.log()
+
+
+class _Statistics(torch.autograd.Function):
     """With z = logits - max, E = exp(z), Z = sum E, p = E / Z:
 
-    log p_y = z_y - log Z,      d log p_y / d z_i = [i = y] - p_i
-    H = log Z - sum p_i z_i,    d H / d z_i = -p_i (log p_i + H)
-
-    E replaces the logits in memory, and in the backward pass the gradient replaces E.
+    log p_c = z_c - log Z,      d log p_c / d z_i = [i = c] - p_i
+    H = log Z - sum p_i z_i,    d H / d z_i = -p_i (log p_i + H) = -E_i (z_i + H - log Z) / Z
     """
 
     @staticmethod
-    def forward(ctx, logits, targets, group):
-        highest = logits.amax(-1)
-        _all_reduce(highest, dist.ReduceOp.MAX, group)
-        column = targets - group.rank() * logits.shape[-1]
-        held = (column >= 0) & (column < logits.shape[-1])
-        column = torch.where(held, column, 0)[:, None]
+    def forward(ctx, hidden, weight, ids, group, rows):
+        count, share = len(hidden), len(weight)
+        columns = ids - group.rank() * share
+        held = (columns >= 0) & (columns < share)
+        columns = torch.where(held, columns, 0)
 
-        # Columns: z of the target, Z, sum of E z; one all-reduce for the three.
-        sums = logits.new_empty(len(logits), 3)
-        for first in range(0, len(logits), ROWS):
-            span = slice(first, first + ROWS)
-            z = logits[span].sub_(highest[span, None])
-            sums[span, 0] = z.gather(-1, column[span])[:, 0] * held[span]
-            shifted = z.clone()
-            exponential = z.exp_()
-            sums[span, 1] = exponential.sum(-1)
-            sums[span, 2] = torch.linalg.vecdot(exponential, shifted)
-        _all_reduce(sums, dist.ReduceOp.SUM, group)
-        target, total, weighted = sums.unbind(-1)
+        # Columns: Z, sum of E z, logit of each id; E and z relative to the maximum of this rank until ranks are joined.
+        sums = hidden.new_empty(count, 2 + ids.shape[1], dtype=torch.float32)
+        highest = hidden.new_empty(count, dtype=torch.float32)
+        logits = _buffer(hidden, weight, rows)
+        for chunk in _spans(count, rows):
+            z = _matmul(hidden[chunk], weight.T, logits[:len(hidden[chunk])])
+            sums[chunk, 2:] = z.gather(-1, columns[chunk]) * held[chunk]
+            for tile in _tiles(z):
+                top = z[tile].amax(-1)
+                shifted = z[tile] - top[:, None]
+                exponential = shifted.exp()
+                highest[chunk][tile] = top
+                sums[chunk][tile, 0] = exponential.sum(-1)
+                sums[chunk][tile, 1] = torch.linalg.vecdot(exponential, shifted)
+        total, weighted, chosen = _join(highest, sums, group)
         entropy = total.log() - weighted / total
-        ctx.save_for_backward(logits, column, held, total, entropy)
+        log_probs = chosen - highest[:, None] - total.log()[:, None]
+
+        kept = logits if count <= rows else None
+        ctx.save_for_backward(hidden, weight, columns, held, highest, total, entropy, kept)
         ctx.set_materialize_grads(False)
-        return target - total.log(), entropy
+        ctx.group, ctx.rows = group, rows
+        return log_probs, entropy
 
     @staticmethod
-    def backward(ctx, log_prob_grad, entropy_grad):
-        exponential, column, held, total, entropy = ctx.saved_tensors
-        scale = torch.zeros_like(total) if log_prob_grad is None else -log_prob_grad
-        if entropy_grad is None:
-            grad = exponential.mul_((scale / total)[:, None])
-        else:
-            probability = exponential.div_(total[:, None])
-            information = torch.xlogy(probability, probability)
-            grad = probability.mul_((scale - entropy_grad * entropy)[:, None])
-            grad.sub_(information.mul_(entropy_grad[:, None]))
-        if log_prob_grad is not None:
-            grad.scatter_add_(-1, column, (log_prob_grad * held)[:, None])
-        return grad, None, None
+    @once_differentiable
+    def backward(ctx, log_probs_grad, entropy_grad):
+        hidden, weight, columns, held, highest, total, entropy, kept = ctx.saved_tensors
+        if log_probs_grad is None:
+            log_probs_grad = hidden.new_zeros(held.shape, dtype=torch.float32)
+        # The gradient is E (slope z + offset), plus that of the logits of the ids themselves.
+        offset, slope = -log_probs_grad.sum(-1) / total, None
+        if entropy_grad is not None:
+            slope = -entropy_grad / total
+            offset = torch.addcmul(offset, slope, entropy - total.log())
+
+        wants_hidden, wants_weight, *_ = ctx.needs_input_grad
+        grad_hidden = hidden.new_empty(hidden.shape) if wants_hidden else None
+        grad_weight = weight.new_zeros(weight.shape, dtype=torch.float32) if wants_weight else None
+        logits, pending = _buffer(hidden, weight, ctx.rows) if kept is None else kept, []
+        for chunk in _spans(len(hidden), ctx.rows):
+            z = logits[:len(hidden[chunk])]
+            if kept is None:
+                _matmul(hidden[chunk], weight.T, z)
+            _into_gradient(z, highest[chunk], None if slope is None else slope[chunk], offset[chunk])
+            z.scatter_add_(-1, columns[chunk], log_probs_grad[chunk] * held[chunk])
+            grad = z.to(weight.dtype)
+            if wants_hidden:
+                grad_hidden[chunk] = _matmul(grad, weight)
+                if ctx.group.size() > 1:
+                    # Summed while the gradient of the weight is computed.
+                    pending.append(dist.all_reduce(grad_hidden[chunk], group=ctx.group, async_op=True))
+            if wants_weight:
+                _matmul(grad.T, hidden[chunk], grad_weight, beta=1)
+        for work in pending:
+            work.wait()
+        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None
 
 
-def _all_reduce(values: torch.Tensor, op: dist.ReduceOp, group: dist.ProcessGroup) -> None:
-    if group.size() > 1:
-        dist.all_reduce(values, op=op, group=group)
+def _join(
+    highest: torch.Tensor, sums: torch.Tensor, group: dist.ProcessGroup
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Z [N], sum of E z [N] and logits of the ids [N, C] of the whole vocabulary; `highest` becomes its maximum.
 
-
-def log_probs_and_entropy(
-    logits: torch.Tensor, targets: torch.Tensor, group: dist.ProcessGroup
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probability of each target and entropy of each distribution, in nats, float32 [N]; differentiable.
-
-    logits:   [N, V / tp], this rank's share of the vocabulary; float32 logits are overwritten.
-    targets:  [N] int64 ids in the whole vocabulary.
-    group:    the tensor-parallel group, ranks in the order of their vocabulary shares.
+    sum E' z' with z' = z + d and E' = E exp(d), where d is the rank's maximum relative to the whole vocabulary's.
     """
-    return _VocabParallelLogProbs.apply(logits.float(), targets, group)
+    if group.size() > 1:
+        local = highest.clone()
+        dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=group)
+        below = local - highest
+        sums[:, 1] += below * sums[:, 0]
+        sums[:, :2] *= below.exp()[:, None]
+        dist.all_reduce(sums, group=group)
+    return sums[:, 0], sums[:, 1], sums[:, 2:]
+
+
+def _into_gradient(
+    z: torch.Tensor, highest: torch.Tensor, slope: torch.Tensor | None, offset: torch.Tensor
+) -> None:
+    """z ← exp(z - highest) (slope (z - highest) + offset), where no slope is 0."""
+    for tile in _tiles(z):
+        part, factor = z[tile].sub_(highest[tile, None]), offset[tile, None]
+        if slope is not None:
+            factor = torch.addcmul(factor, slope[tile, None], part)
+        part.exp_().mul_(factor)
+
+
+def _matmul(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor | None = None, beta: int = 0) -> torch.Tensor:
+    """beta out + a @ b in float32, where a and b are of the same dtype."""
+    if out is None:
+        out = a.new_empty(a.shape[0], b.shape[1], dtype=torch.float32)
+    if a.is_cuda and a.dtype != torch.float32:
+        return torch.addmm(out, a, b, out_dtype=torch.float32, beta=beta, out=out)
+    # Products of bfloat16 with a float32 result exist on GPUs only.
+    return torch.addmm(out, a.float(), b.float(), beta=beta, out=out)
+
+
+def _buffer(hidden: torch.Tensor, weight: torch.Tensor, rows: int) -> torch.Tensor:
+    """Room for the logits of one chunk."""
+    return hidden.new_empty(min(rows, len(hidden)), len(weight), dtype=torch.float32)
+
+
+def _spans(length: int, step: int) -> Iterator[slice]:
+    return (slice(first, first + step) for first in range(0, length, step))
+
+
+def _tiles(z: torch.Tensor) -> Iterator[slice]:
+    return _spans(len(z), -(-len(z) // TILES))
+
+
+def _sort_key(values: torch.Tensor, ids: torch.Tensor | int) -> torch.Tensor:
+    """int64 that sorts like the float32 values, and among equals in the opposite order of the ids, which are < 2³²."""
+    bits = (values + 0.0).view(torch.int32)  # -0 + 0 = 0: the two zeros are equal
+    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    return (ordered.long() << 32) - ids
+
+
+def _from_sort_key(keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Values and ids of `_sort_key`."""
+    ids = -keys & 0xFFFFFFFF
+    ordered = ((keys + ids) >> 32).int()
+    return (ordered ^ ((ordered >> 31) & 0x7FFFFFFF)).view(torch.float32), ids
