@@ -6,20 +6,23 @@ import numpy as np
 import pytest
 
 from megatron_pbsd import losses
-from megatron_pbsd.config import LearnerConfig, ModelConfig
-from tests.distributed.test_layouts import LAYOUTS, LOSSES, OPTIMIZER, make_batch, published
+from megatron_pbsd.config import LearnerConfig, ModelConfig, ParallelConfig, SFTConfig
+from tests.distributed.test_layouts import DENSE, MOE, ONE
+from tests.distributed.training import OPTIMIZER, STEPS, make_batch, published
 
-STEPS = 2
+LAYOUTS = {"one": ONE, **DENSE, **MOE, "dp2-distributed": DENSE["dp2"],
+           "tp2dp2-distributed": ParallelConfig(world_size=4, tp=2)}
 
 
-def run(rank, rendezvous, folder, parallel, load_from, save_to, seed=3):
+def run(rank, rendezvous, folder, layout, load_from, save_to, seed=3):
     """Steps 0-1, save, steps 2-3; or load, steps 2-3."""
     from megatron_pbsd.learner.learner import Learner
 
     learner = Learner(
         rank, rendezvous, ModelConfig(path=str(folder), initial_weights="random" if load_from else "load"),
-        LearnerConfig(parallel=parallel, optimizer=OPTIMIZER, micro_batch_tokens=48),
-        losses.build(LOSSES["sft"]), seed=seed, total_steps=10)
+        LearnerConfig(parallel=LAYOUTS[layout], optimizer=OPTIMIZER, micro_batch_tokens=48,
+                      distributed_optimizer="distributed" in layout),
+        losses.build(SFTConfig()), seed=seed, total_steps=10)
     try:
         if load_from:
             learner.load(load_from)
@@ -34,30 +37,31 @@ def run(rank, rendezvous, folder, parallel, load_from, save_to, seed=3):
 
 
 @pytest.fixture(scope="module")
-def saved(ranks, hf_folders, tmp_path_factory):
-    """(layout name, tied) → folder and what the run that wrote it went on to compute."""
+def saved(ranks, folders, tmp_path_factory):
+    """(layout name, model) → folder and what the run that wrote it went on to compute."""
     made = {}
 
-    def get(name, tied):
-        if (name, tied) not in made:
-            parallel = LAYOUTS[name]
+    def get(name, model):
+        if (name, model) not in made:
             folder = str(tmp_path_factory.mktemp(name) / "learner")
-            made[name, tied] = folder, ranks.run(
-                run, parallel.world_size, hf_folders[tied], parallel, None, folder)
-        return made[name, tied]
+            made[name, model] = folder, ranks.run(
+                run, LAYOUTS[name].world_size, folders[model], name, None, folder)
+        return made[name, model]
 
     return get
 
 
-@pytest.mark.parametrize(("source", "target", "tied"), [
-    ("one", "one", True), ("tp2", "tp2", False), ("tp2pp2", "tp2pp2", True), ("dp2", "dp2", True),
-    ("tp2", "pp2", True), ("pp2", "tp2", False), ("dp2", "one", True), ("one", "tp2pp2", False),
-    ("tp2pp2", "dp2", True),
+@pytest.mark.parametrize(("source", "target", "model"), [
+    ("one", "one", "tied"), ("tp2", "tp2", "untied"), ("tp2pp2", "tp2pp2", "tied"), ("dp2", "dp2", "tied"),
+    ("tp2", "pp2", "tied"), ("pp2", "tp2", "untied"), ("dp2", "one", "tied"), ("one", "tp2pp2", "untied"),
+    ("tp2pp2", "dp2", "tied"), ("pp2vpp2", "pp2vpp2", "tied"), ("pp2vpp2", "tp2", "tied"), ("cp2", "pp4vpp2", "tied"),
+    ("dp2-distributed", "dp2-distributed", "tied"), ("tp2dp2-distributed", "dp2-distributed", "tied"),
+    ("dp2-distributed", "tp2", "tied"),
+    ("ep2", "ep2", "moe"), ("tp2ep2", "tp2ep2", "glm"), ("pp2ep2", "pp2ep2", "glm"),
 ])
-def test_resume(ranks, hf_folders, saved, source, target, tied):
-    folder, expected = saved(source, tied)
-    parallel = LAYOUTS[target]
-    found = ranks.run(run, parallel.world_size, hf_folders[tied], parallel, folder, None, 99)
+def test_resume(ranks, folders, saved, source, target, model):
+    folder, expected = saved(source, model)
+    found = ranks.run(run, LAYOUTS[target].world_size, folders[model], target, folder, None, 99)
     for got, wanted in zip(found[0][0], expected[0][0], strict=True):
         assert got == pytest.approx(wanted, rel=1e-5, abs=1e-7)
     for name, values in expected[0][1].items():
@@ -68,6 +72,6 @@ def test_resume(ranks, hf_folders, saved, source, target, tied):
             assert got[2]["model_parallel"].keys() == wanted[2]["model_parallel"].keys()
 
 
-def test_nothing_to_load_is_named(ranks, hf_folders, tmp_path):
+def test_nothing_to_load_is_named(ranks, folders, tmp_path):
     with pytest.raises(AssertionError, match="holds no learner state"):
-        ranks.run(run, 1, hf_folders[True], LAYOUTS["one"], str(tmp_path), None)
+        ranks.run(run, 1, folders["tied"], "one", str(tmp_path), None)
