@@ -148,7 +148,8 @@ class Trajectory:
 def encoded(experts: np.ndarray) -> dict[str, Any]:
     """As JSON: the bytes in base64, one per entry where a byte holds them all."""
     stored = experts.astype("i1" if experts.max(initial=0) <= 127 else "<i2")
-    return {"dtype": stored.dtype.str, "shape": list(stored.shape), "base64": base64.b64encode(stored.tobytes()).decode()}
+    data = base64.b64encode(stored.tobytes()).decode("ascii")
+    return {"dtype": stored.dtype.str, "shape": list(stored.shape), "base64": data}
 
 
 def decoded(data: dict[str, Any]) -> np.ndarray:
