@@ -152,10 +152,13 @@ def test_a_chunk_reports_what_is_new(mixtures, make_moe):
 
 
 def test_what_is_read_again_is_reported_again(mixtures, make_moe):
-    model, engine = plain(mixtures["qwen3_moe"]), make_moe()
+    model, engine = plain(mixtures["qwen3_moe"]), make_moe(slots=1)
     engine.submit([Chunk("r", tuple(range(20)), 5, seed=0, routed_from=0)])
-    tokens = (*range(20), *engine.collect()[0].tokens)
-    engine.release(["r"])
+    (before,) = engine.collect()
+    tokens = (*range(20), *before.tokens)
+    engine.submit([Chunk("evicts r", tuple(range(50, 80)), 5, seed=0)])
+    engine.collect()
+    check(model, tokens[:-1], before.routed_experts)
     engine.submit([Chunk("r", tokens, 5, seed=0, routed_from=24)])
     (result,) = engine.collect()
     assert result.routed_from == 0 and result.cached_tokens == 0
@@ -205,12 +208,15 @@ def test_new_weights_within_and_between_chunks(mixtures, make_moe, publish):
     for name, gate in new.named_modules():
         if name.endswith("mlp.gate"):
             gate.weight.data = gate.weight.data.flip(0)
-    engine.submit([Chunk("short", (1, 2), 4, 0, routed_from=0), Chunk("long", (3, 4, 5), 9, 0, routed_from=0)])
-    short = (1, 2, *engine.collect()[0].tokens)
+    engine.submit([Chunk("short", (1, 2), 4, 0, routed_from=0), Chunk("long", (3, 4, 5), 4, 0, routed_from=0)])
+    texts = {r.request_id: r.tokens for r in engine.collect()}
+    short, long = (1, 2, *texts["short"]), (3, 4, 5, *texts["long"])
+    engine.submit([Chunk("other", (9,), 2, 0), Chunk("long", long, 5, 0, routed_from=len(long) - 1)])
+    engine.collect()
     engine.update_weights(publish(swapped), version=1)
     engine.submit([Chunk("short", short, 3, seed=0, routed_from=len(short) - 1)])
     results = {r.request_id: r for r in (*engine.collect(), *engine.collect())}
-    for context, result in (((3, 4, 5), results["long"]), (short, results["short"])):
+    for context, result in ((long, results["long"]), (short, results["short"])):
         tokens = (*context, *result.tokens)[:-1]
         assert result.routed_from == 0
         check(new, tokens, result.routed_experts)
