@@ -16,7 +16,7 @@ from typing import Literal
 
 import numpy as np
 
-from megatron_pbsd.trajectory import Trajectory
+from megatron_pbsd.trajectory import NOT_ROUTED, Trajectory
 
 Granularity = Literal["token", "turn", "trajectory"]
 
@@ -50,8 +50,8 @@ SCHEMA: dict[str, Field] = {
         Field("advantages", "float32", "token", 0, "zigzag", "credit of a generated token"),
         Field("values", "float32", "token", 0, "zigzag", "value head's estimate before the token, before the update"),
         Field("returns", "float32", "token", 0, "zigzag", "what the value head should have estimated"),
-        Field("routed_experts", "int16", "token", 0, "zigzag",
-              "experts that read this token, [MoE layers, top-k]", 2),
+        Field("routed_experts", "int16", "token", NOT_ROUTED, "zigzag",
+              "experts that read this token, [MoE layers, top-k]; -1 prescribes none", 2),
         Field("group", "int64", "trajectory", 0, "replicate", "which prompt group the trajectory belongs to"),
         Field("reward", "float32", "trajectory", 0, "replicate", "outcome reward"),
     )
@@ -117,7 +117,11 @@ class Batch(Mapping[str, list[np.ndarray]]):
 
 
 def from_trajectories(trajectories: Sequence[Trajectory], privileged: bool = False) -> Batch:
-    """Lay trajectories out as sequences; `privileged` puts the teacher's prompt before the same continuation."""
+    """Lay trajectories out as sequences; `privileged` puts the teacher's prompt before the same continuation.
+
+    The experts of a continuation are the student's in both layouts; none are prescribed for the teacher's prompt.
+    SchemaError when some trajectories know their experts and others do not.
+    """
     columns: dict[str, list[np.ndarray]] = {
         name: [] for name in ("tokens", "loss_mask", "turn_index", "answer_mask", "rollout_log_probs")
     }
@@ -138,4 +142,18 @@ def from_trajectories(trajectories: Sequence[Trajectory], privileged: bool = Fal
             start = end + len(turn.observation)
         for name, values in columns.items():
             values.append(row[name])
-    return Batch(columns)
+    experts = _routed_experts(trajectories, privileged)
+    return Batch({**columns, "routed_experts": experts} if experts else columns)
+
+
+def _routed_experts(trajectories: Sequence[Trajectory], privileged: bool) -> list[np.ndarray]:
+    known = [t for t in trajectories if t.routed_experts is not None]
+    if known and len(known) < len(trajectories):
+        without = [t.trajectory_id for t in trajectories if t.routed_experts is None]
+        raise SchemaError(f"{len(without)} of {len(trajectories)} trajectories have no routed experts: {without[:3]}")
+    if not privileged:
+        return [t.routed_experts for t in known]
+    return [
+        np.pad(t.routed_experts[len(t.prompt) :], ((len(t.privileged_prompt), 0), (0, 0), (0, 0)),
+               constant_values=NOT_ROUTED)
+        for t in known]

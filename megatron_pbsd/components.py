@@ -49,6 +49,7 @@ class Rollout:
         sink = self._recorder.folder / TRAJECTORIES / f"{kind}_{step:06d}.unscored.jsonl"
         call = self._coordinator.call(
             "collect", requests, step=step, seed=self._config.seed, sink=sink.resolve(),
+            routed_experts=self._config.learner.moe.routing_replay and kind == "step",
             temperature=self._config.rollout.temperature if temperature is None else temperature)
         # The coordinator has a deadline for each engine call; here only its own death can be news.
         while not self._runtime.wait([call], timeout=POLL_S)[0]:

@@ -6,12 +6,18 @@ re-tokenised between turns, or between rollout and training.
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
+import numpy as np
+
 FinishReason = Literal["stop", "length", "abort"]
 TurnKind = Literal["search", "answer", "malformed", "truncated"]
+
+NOT_ROUTED = -1
+"""In place of an expert: no choice is known or prescribed."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +61,7 @@ class Turn:
             raise ValueError(f"version spans cover {covered} of {len(self.tokens)} tokens")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Trajectory:
     """A prompt and the turns that followed it.
 
@@ -66,6 +72,9 @@ class Trajectory:
     reward:             outcome reward; None until the environment has scored the trajectory.
     scores:             further outcome measures (exact_match, f1, …) for reporting.
     evidence:           one number per turn (docs/pbsd.md: e_k, nats), filled in by algorithms that compute it.
+    routed_experts:     int16 [tokens of prompt and continuation, MoE layers, top-k]: the experts that read each token
+                        in the engine, in the order of choice; NOT_ROUTED where none did (the last token). None if
+                        the rollout did not ask, and for dense models.
     """
 
     trajectory_id: str
@@ -78,6 +87,21 @@ class Trajectory:
     scores: dict[str, float] = field(default_factory=dict)
     evidence: tuple[float, ...] | None = None
     turn_advantages: tuple[float, ...] | None = None
+    routed_experts: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        if (experts := self.routed_experts) is None:
+            return
+        tokens = len(self.prompt) + len(self.continuation)
+        if experts.dtype != np.int16 or experts.ndim != 3 or len(experts) != tokens:
+            raise ValueError(f"routed experts of {self.trajectory_id!r} are {experts.dtype}{list(experts.shape)}, "
+                             f"expected int16[{tokens}, MoE layers, top-k]")
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Trajectory):
+            return NotImplemented
+        mine, others = dict(vars(self)), dict(vars(other))
+        return np.array_equal(mine.pop("routed_experts"), others.pop("routed_experts")) and mine == others
 
     @property
     def continuation(self) -> tuple[int, ...]:
@@ -97,7 +121,9 @@ class Trajectory:
         return replace(self, reward=reward, scores=dict(scores))
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        data = asdict(self)
+        experts = data.pop("routed_experts")
+        return data if experts is None else {**data, "routed_experts": encoded(experts)}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Trajectory:
@@ -114,7 +140,22 @@ class Trajectory:
         for key in ("prompt", "privileged_prompt", "evidence", "turn_advantages"):
             if data.get(key) is not None:
                 data[key] = tuple(data[key])
+        if "routed_experts" in data:
+            data["routed_experts"] = decoded(data["routed_experts"])
         return cls(**data, turns=tuple(turns))
+
+
+def encoded(experts: np.ndarray) -> dict[str, Any]:
+    """As JSON: the bytes in base64, one per entry where a byte holds them all."""
+    stored = experts.astype("i1" if experts.max(initial=0) <= 127 else "<i2")
+    data = base64.b64encode(stored.tobytes()).decode("ascii")
+    return {"dtype": stored.dtype.str, "shape": list(stored.shape), "base64": data}
+
+
+def decoded(data: dict[str, Any]) -> np.ndarray:
+    """Inverse of `encoded`: int16 [T, MoE layers, top-k]."""
+    stored = np.frombuffer(base64.b64decode(data["base64"]), data["dtype"])
+    return stored.reshape(data["shape"]).astype(np.int16)
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,12 @@ def sampled(seed: int, request_id: str, position: int) -> int:
     return STOP if value % 8 == 0 else 2 + value // 8 % (VOCABULARY - 2)
 
 
+def chosen_experts(tokens: Sequence[int], start: int = 0) -> np.ndarray:
+    """int16 [T, 2, 2]: of each token its own number and its position, as if two layers of two experts had chosen."""
+    rows = [[(token, start + i), (start + i, token)] for i, token in enumerate(tokens)]
+    return np.array(rows, np.int16).reshape(-1, 2, 2)
+
+
 class ScriptedEngine:
     """One token for every running chunk per round. `crash_after`, `hang_after`: tokens until it does."""
 
@@ -67,7 +73,12 @@ class ScriptedEngine:
         del self.running[chunk.request_id]
         self.kept.add(chunk.request_id)
         versions = (VersionSpan(self.weights, 0, len(tokens)),)
-        return ChunkResult(chunk.request_id, tuple(tokens), tuple(-0.5 for _ in tokens), reason, 0, versions)
+        experts = None
+        if chunk.routed_from is not None:
+            read = (*chunk.tokens, *tokens)[chunk.routed_from : -1]
+            experts = chosen_experts(read, chunk.routed_from)
+        return ChunkResult(chunk.request_id, tuple(tokens), tuple(-0.5 for _ in tokens), reason, 0, versions, experts,
+                           chunk.routed_from or 0)
 
     def release(self, request_ids: Sequence[str]) -> None:
         self.kept -= set(request_ids)

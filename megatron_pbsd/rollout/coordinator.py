@@ -95,17 +95,20 @@ class Coordinator:
         seed: int,
         temperature: float,
         sink: str | Path | None = None,
+        routed_experts: bool = False,
     ) -> list[Group]:
         """Groups in the order of `requests`, samples in order, whatever the order they finish in.
 
         Trajectory ids, the keys of sampling, are `{step}/{group_id}/{sample}`. Each trajectory is appended to `sink` as
-        soon as it is finished. ComponentDied when an engine dies, DeadlineExpired when one has finished no chunk within
-        `rollout.deadline_s`; the engines are then in an unknown state. RolloutError when a prompt is too long.
+        soon as it is finished. `routed_experts`: keep which experts read each token, if the model has any.
+        ComponentDied when an engine dies, DeadlineExpired when one has finished no chunk within `rollout.deadline_s`;
+        the engines are then in an unknown state. RolloutError when a prompt is too long.
         """
         began, before = time.monotonic(), self._engine_statistics()
         episodes = {
             request.group_id: [
-                Episode(start, self._config) for start in self._starts(request, step, seed, temperature)
+                Episode(start, self._config)
+                for start in self._starts(request, step, seed, temperature, routed_experts)
             ] for request in requests}
         if len(episodes) < len(requests):
             ids = [request.group_id for request in requests]
@@ -116,13 +119,15 @@ class Coordinator:
         self._statistics = summarised(groups, before, self._engine_statistics(), time.monotonic() - began)
         return groups
 
-    def _starts(self, request: RolloutRequest, step: int, seed: int, temperature: float) -> list[EpisodeStart]:
+    def _starts(
+        self, request: RolloutRequest, step: int, seed: int, temperature: float, routed_experts: bool
+    ) -> list[EpisodeStart]:
         environment = self._environment
         prompt = tuple(environment.prompt(request.task))
         privileged = tuple(environment.privileged_prompt(request.task, request.privileged_answer))
         return [
             EpisodeStart(f"{step}/{request.group_id}/{sample}", request.group_id, request.task, prompt, privileged,
-                         seed, temperature, tuple(environment.stop_token_ids))
+                         seed, temperature, tuple(environment.stop_token_ids), routed_experts)
             for sample in range(request.samples)]
 
     def _run(self, episodes: Sequence[Episode], sink: TrajectorySink) -> None:

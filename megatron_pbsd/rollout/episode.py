@@ -5,16 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from megatron_pbsd.config import RolloutConfig
 from megatron_pbsd.environments.protocol import Environment, Task
 from megatron_pbsd.rollout.engines.protocol import Chunk, ChunkResult
 from megatron_pbsd.rollout.errors import RolloutError
-from megatron_pbsd.trajectory import Trajectory, Turn, VersionSpan
+from megatron_pbsd.trajectory import NOT_ROUTED, Trajectory, Turn, VersionSpan
 
 
 @dataclass(frozen=True)
 class EpisodeStart:
-    """What an episode begins with; fields as in `trajectory.Trajectory` and `protocol.Chunk`."""
+    """What an episode begins with; fields as in `trajectory.Trajectory` and `protocol.Chunk`.
+
+    routed_experts: ask the engine for the experts that read each token.
+    """
 
     trajectory_id: str
     group_id: str
@@ -24,6 +29,7 @@ class EpisodeStart:
     seed: int
     temperature: float
     stop_token_ids: tuple[int, ...]
+    routed_experts: bool = False
 
 
 class Episode:
@@ -46,6 +52,7 @@ class Episode:
         self._start, self._limits = start, limits
         self._context = list(start.prompt)
         self._turns: list[Turn] = []
+        self._experts: np.ndarray | None = None
         self._begin_turn()
         self.finished = False
 
@@ -74,11 +81,18 @@ class Episode:
     def next_chunk(self) -> Chunk:
         start = self._start
         return Chunk(start.trajectory_id, tuple(self._context), self._room, start.seed, start.temperature,
-                     start.stop_token_ids)
+                     start.stop_token_ids, self._routed if start.routed_experts else None)
+
+    @property
+    def _routed(self) -> int:
+        """Tokens whose experts are known."""
+        return 0 if self._experts is None else len(self._experts)
 
     def advance(self, result: ChunkResult, environment: Environment) -> None:
         """Take in what the engine generated; if that ends the turn, let the environment answer it."""
         offset = len(self._tokens)
+        if result.routed_experts is not None:
+            self._experts = rerouted(self._experts, result)
         self._tokens += result.tokens
         self._log_probs += result.log_probs
         self._context += result.tokens
@@ -105,9 +119,12 @@ class Episode:
         self._begin_turn()
 
     def trajectory(self) -> Trajectory:
-        start = self._start
+        start, experts = self._start, self._experts
+        if experts is not None:
+            unread = len(self._context) - len(experts)
+            experts = np.pad(experts, ((0, unread), (0, 0), (0, 0)), constant_values=NOT_ROUTED)
         return Trajectory(start.trajectory_id, start.group_id, start.task.task_id, start.prompt,
-                          start.privileged_prompt, tuple(self._turns))
+                          start.privileged_prompt, tuple(self._turns), routed_experts=experts)
 
 
 def merged(spans: Sequence[VersionSpan], more: Sequence[VersionSpan], offset: int) -> list[VersionSpan]:
@@ -120,3 +137,17 @@ def merged(spans: Sequence[VersionSpan], more: Sequence[VersionSpan], offset: in
         else:
             joined.append(VersionSpan(span.version, start, end))
     return joined
+
+
+def rerouted(known: np.ndarray | None, result: ChunkResult) -> np.ndarray:
+    """Experts of a trajectory's first tokens, [m, MoE layers, top-k], brought up to date: where the engine read a token
+    again, or lost what it had read, its report replaces what was known from there on.
+
+    RolloutError when the report leaves a gap.
+    """
+    start, experts = result.routed_from, result.routed_experts
+    before = experts[:0] if known is None else known
+    if start > len(before):
+        raise RolloutError(f"request {result.request_id!r}: the engine reported routed experts from token {start} on, "
+                           f"but nobody those of tokens {len(before)} to {start - 1}")
+    return np.concatenate([before[:start], experts])

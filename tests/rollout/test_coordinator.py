@@ -1,5 +1,7 @@
+from dataclasses import replace
+
 import pytest
-from scripted_rollout import EchoEnvironment, ScriptedEngine, expected, requests
+from scripted_rollout import EchoEnvironment, ScriptedEngine, chosen_experts, expected, requests
 
 from megatron_pbsd.config import RolloutConfig
 from megatron_pbsd.controller.failures import ComponentDied, DeadlineExpired
@@ -32,6 +34,21 @@ def test_trajectories_are_the_same_on_any_engines(runtime, count, chunk_tokens):
                               runtime.client, LeastLoaded(spread=1))
     assert collected(coordinator.collect(asked, step=1, seed=5, temperature=1.0)) == wanted(asked)
     assert collected(coordinator.collect(asked, step=2, seed=6, temperature=1.0)) == wanted(asked, 2, 6)
+
+
+@pytest.mark.parametrize("chunk_tokens", [99, 3])
+def test_routed_experts_travel_to_the_trajectory_and_its_file(runtime, chunk_tokens, tmp_path):
+    asked, sink = requests(4, 2), tmp_path / "sink.jsonl"
+    coordinator = Coordinator(engines(runtime, 2, chunk_tokens=chunk_tokens), EchoEnvironment(), LIMITS,
+                              runtime.client, LeastLoaded(spread=1))
+    groups = coordinator.collect(asked, step=1, seed=5, temperature=1.0, sink=sink, routed_experts=True)
+    for got, bare in zip(collected(groups), wanted(asked), strict=True):
+        for trajectory, plain in zip(got, bare, strict=True):
+            experts = chosen_experts(plain.prompt + plain.continuation)
+            experts[-1] = -1
+            assert trajectory == replace(plain, routed_experts=experts) and trajectory != plain
+    kept = {t.trajectory_id: t for t in read_trajectories(sink)}
+    assert kept == {t.trajectory_id: t for group in groups for t in group.trajectories}
 
 
 def test_slots_kv_and_statistics(runtime):

@@ -1,12 +1,13 @@
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 from scripted_rollout import STOP, EchoEnvironment, ScriptedEngine, expected, requests
 
 from megatron_pbsd.config import RolloutConfig
 from megatron_pbsd.rollout.engines.protocol import ChunkResult
-from megatron_pbsd.rollout.episode import Episode, EpisodeStart, merged
+from megatron_pbsd.rollout.episode import Episode, EpisodeStart, merged, rerouted
 from megatron_pbsd.rollout.errors import RolloutError
 from megatron_pbsd.trajectory import VersionSpan
 
@@ -80,6 +81,33 @@ def test_an_aborted_chunk_continues_the_same_turn_under_both_versions():
 def test_spans_of_one_version_become_one():
     assert merged([VersionSpan(1, 0, 2)], [VersionSpan(1, 0, 3)], 2) == [VersionSpan(1, 0, 5)]
     assert merged([], [], 0) == []
+
+
+READINGS = st.tuples(st.integers(0, 5), st.booleans(), st.booleans())
+
+
+@given(prompt=st.integers(1, 9), readings=st.lists(READINGS, min_size=1, max_size=12))
+def test_experts_are_those_of_the_pass_whose_kv_is_held(prompt, readings):
+    """An engine's cache, token by token, against what is pieced together from its reports."""
+    held, known, tokens = [], None, prompt
+    for number, (new, lost, idle) in enumerate(readings):
+        asked = 0 if known is None else len(known)
+        if lost:
+            held = []
+        tokens += new
+        fresh = len(held)
+        if not idle:
+            held += [number] * (tokens - 1 - len(held))
+        start = min(asked, fresh)
+        report = np.array(held[start:], np.int16).reshape(-1, 1, 1)
+        known = rerouted(known, ChunkResult("r", (0,) * new, (), "length", 0, (), report, start))
+        assert known.dtype == np.int16 and known[:, 0, 0].tolist() == held
+
+
+def test_a_gap_in_the_experts_is_an_error():
+    report = ChunkResult("1/g/0", (), (), "length", 0, (), np.zeros((2, 1, 1), np.int16), 3)
+    with pytest.raises(RolloutError, match="1/g/0.* from token 3 on, but nobody those of tokens 1 to 2"):
+        rerouted(np.zeros((1, 1, 1), np.int16), report)
 
 
 def test_a_prompt_without_room_names_the_key_and_the_task():

@@ -34,6 +34,8 @@ class Chunk:
                   token: the same chunk gives the same tokens whatever else runs beside it, and however it is cut.
     temperature:  0 is greedy. Log-probs are always reported at temperature 1.
     stop_token_ids:  generation ends after any of these; the stop token is part of the result.
+    routed_from:  asks which experts read each token from this position on; None does not ask. A trajectory asks in all
+                  its chunks, each time for what it does not know yet.
     """
 
     request_id: str
@@ -42,11 +44,18 @@ class Chunk:
     seed: int
     temperature: float = 1.0
     stop_token_ids: tuple[int, ...] = ()
+    routed_from: int | None = None
 
 
 @dataclass(frozen=True)
 class ChunkResult:
-    """tokens/log_probs: the new tokens alone. cached_tokens: prompt tokens that were not prefilled again."""
+    """tokens/log_probs: the new tokens alone. cached_tokens: prompt tokens that were not prefilled again.
+
+    routed_experts: int16 [n, MoE layers, top-k], the experts that read tokens `[routed_from, routed_from + n)` of the
+        chunk's context and new tokens, in the order of choice. They are those of the pass whose KV is in use: they
+        reach further back than was asked where older tokens were read again, and end where nothing has been read yet
+        (before the newest token). None when not asked for, when nothing was run, and from dense models.
+    """
 
     request_id: str
     tokens: tuple[int, ...]
@@ -55,6 +64,7 @@ class ChunkResult:
     cached_tokens: int
     versions: tuple[VersionSpan, ...]
     routed_experts: np.ndarray | None = None
+    routed_from: int = 0
 
 
 @dataclass(frozen=True)

@@ -9,29 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_pbsd.resharding.manifest import WeightsManifest, checksum, layout
-from megatron_pbsd.resharding.shared_memory import Segment, attach
+from megatron_pbsd.resharding.manifest import checksum
+from megatron_pbsd.resharding.shared_memory import attach
 from megatron_pbsd.rollout.engines.protocol import Chunk, EngineError
 from megatron_pbsd.trajectory import VersionSpan
-
-
-@pytest.fixture
-def publish():
-    """Write tensors into a new shared-memory segment; the manifest says where."""
-    segments = []
-
-    def write(tensors: dict[str, torch.Tensor]) -> WeightsManifest:
-        described = {n: (str(t.dtype).removeprefix("torch."), tuple(t.shape)) for n, t in tensors.items()}
-        segment = Segment(layout("", described).nbytes)
-        segments.append(segment)
-        manifest = layout(segment.name, described)
-        for name, tensor in attach(manifest).items():
-            tensor.copy_(tensors[name])
-        return manifest
-
-    yield write
-    for segment in segments:
-        segment.close()
 
 
 def checkpoint(folders, family: str = "qwen3") -> dict[str, torch.Tensor]:

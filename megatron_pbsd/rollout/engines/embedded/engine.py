@@ -66,6 +66,8 @@ class EmbeddedEngine:
         for chunk in chunks:
             self._check(chunk, arriving)
             arriving[chunk.request_id] = Sequence.of(chunk, self._max_context)
+        if any(chunk.routed_from is not None for chunk in chunks):
+            self._record_experts()
         self._waiting.update(arriving)
 
     def _check(self, chunk: Chunk, arriving: dict[str, Sequence]) -> None:
@@ -82,6 +84,21 @@ class EmbeddedEngine:
             raise refuse(f"has max_new_tokens {chunk.max_new_tokens}, expected at least 1")
         if chunk.temperature < 0:
             raise refuse(f"has temperature {chunk.temperature}, expected 0 (greedy) or more")
+        if chunk.routed_from is not None and not 0 <= chunk.routed_from <= len(chunk.tokens):
+            raise refuse(f"has routed_from {chunk.routed_from}, expected 0 … {len(chunk.tokens)}, its tokens, or None")
+
+    def _record_experts(self) -> None:
+        """From the first chunk that asks. What was read before that has no experts, and is read again."""
+        try:
+            if self._model.record_experts():
+                self._forget_kv()
+        except ValueError as error:
+            raise EngineError(f"engine {self.name!r}: routed experts are not available: {error}") from error
+
+    def _forget_kv(self) -> None:
+        self._table.clear()
+        for sequence in self._running.values():
+            sequence.forget()
 
     def _fault_of(self, tokens: Sequences[int]) -> str | None:
         if not tokens:
@@ -127,8 +144,7 @@ class EmbeddedEngine:
             place = self._table.acquire(request_id, sequence.tokens, self._waiting)
             if place is None:
                 return
-            sequence.slot, sequence.computed = place
-            sequence.cached = sequence.computed
+            sequence.admit(*place)
             self._cached += sequence.computed
             prefill += len(sequence.tokens) - sequence.computed
             self._running[request_id] = self._waiting.pop(request_id)
@@ -136,7 +152,8 @@ class EmbeddedEngine:
     def _end(self, sequence: Sequence, reason: FinishReason) -> None:
         del self._running[sequence.request_id]
         self._table.retire(sequence.request_id, sequence.slot, sequence.tokens[: sequence.computed])
-        self._ended.append(sequence.result(reason))
+        experts = self._cache.experts_of(sequence.slot, sequence.routed) if sequence.routed else None
+        self._ended.append(sequence.result(reason, experts))
 
     def abort(self, request_ids: Sequences[str]) -> None:
         for request_id in request_ids:
@@ -158,9 +175,7 @@ class EmbeddedEngine:
         except ValueError as error:
             raise EngineError(f"engine {self.name!r}: weights version {version}: {error}") from error
         self._version = version
-        self._table.clear()
-        for sequence in self._running.values():
-            sequence.computed = 0
+        self._forget_kv()
 
     def checksums(self) -> dict[str, str]:
         return {name: checksum(tensor) for name, tensor in self._parameters.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+import numpy as np
 import torch
 from transformers.cache_utils import Cache
 
@@ -63,7 +64,8 @@ class SlotCache(Cache):
     """Per layer keys [slots + 1, kv_heads, length, head_dim] and values alike, allocated at the layer's first update.
 
     `update` stores the packed tokens of a step at the places given to `place`, and hands back the layer's slots. The
-    last slot, `scratch`, takes what padding tokens write.
+    last slot, `scratch`, takes what padding tokens write. experts: int16 [slots + 1, length, MoE layers, top-k], which
+    experts the tokens were read by, once `keep_experts` has been called.
     """
 
     def __init__(self, slots: int, length: int) -> None:
@@ -72,6 +74,7 @@ class SlotCache(Cache):
         self.length = length
         self.keys: list[torch.Tensor] = []
         self.values: list[torch.Tensor] = []
+        self.experts: torch.Tensor | None = None
 
     def place(self, slots: torch.Tensor, positions: torch.Tensor) -> None:
         """Slot and position [T] of each token of the next step."""
@@ -87,6 +90,16 @@ class SlotCache(Cache):
         keys[self._slots, :, self._positions] = key_states[0].transpose(0, 1)
         values[self._slots, :, self._positions] = value_states[0].transpose(0, 1)
         return keys, values
+
+    def keep_experts(self, experts: torch.Tensor) -> None:
+        """experts int16 [T, MoE layers, top-k] of the step's tokens."""
+        if self.experts is None:
+            self.experts = experts.new_zeros(self.scratch + 1, self.length, *experts.shape[1:])
+        self.experts[self._slots, self._positions] = experts
+
+    def experts_of(self, slot: int, tokens: slice) -> np.ndarray | None:
+        """int16 [n, MoE layers, top-k], a copy; None if none are kept."""
+        return None if self.experts is None else self.experts[slot, tokens].to("cpu", copy=True).numpy()
 
     def wipe(self) -> None:
         """Zero every slot: a NaN left by bad weights would pass through the attention mask."""

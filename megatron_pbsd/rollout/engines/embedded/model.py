@@ -14,6 +14,7 @@ from megatron_pbsd.rollout.engines.embedded.attention import (
     split_segment,
 )
 from megatron_pbsd.rollout.engines.embedded.kv_cache import SlotCache
+from megatron_pbsd.rollout.engines.embedded.routing import ExpertChoices
 from megatron_pbsd.rollout.engines.embedded.sequence import Sequence
 from megatron_pbsd.rollout.engines.protocol import Chunk
 
@@ -52,7 +53,18 @@ class PackedModel:
         self.module.eval().requires_grad_(False).to(device)
         self.device = torch.device(device)
         self.vocab_size: int = self.module.config.vocab_size
+        self._choices: ExpertChoices | None = None
         self._like = torch.empty(0, dtype=getattr(torch, dtype), device=device)
+
+    def record_experts(self) -> bool:
+        """Keep in the cache, from now on, which experts read each token; False if that begins nothing new.
+
+        ValueError for a family whose choices cannot be heard.
+        """
+        if self._choices is not None:
+            return False
+        self._choices = ExpertChoices(self.module)
+        return len(self._choices) > 0
 
     def warm_up(self, cache: SlotCache) -> None:
         """Allocate the cache and try the attention, so that what cannot work fails before the first request."""
@@ -91,6 +103,8 @@ class PackedModel:
             logits_to_keep=keep,
             layout=PackedLayout(rows, tuple(segments), padding),
         ).logits
+        if self._choices:
+            cache.keep_experts(self._choices.latest())
         return logits[0, : len(sequences)]
 
     def all_logits(self, sequences: Sequences[Sequences[int]]) -> torch.Tensor:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from megatron_pbsd.rollout.engines.embedded.sampling import request_key
 from megatron_pbsd.rollout.engines.protocol import Chunk, ChunkResult
 from megatron_pbsd.trajectory import FinishReason, VersionSpan
@@ -14,6 +16,7 @@ class Sequence:
     """tokens: context and what was generated. computed: how many of them have their KV in `slot`.
 
     limit: length of `tokens` at which the chunk ends for want of room. cached: tokens whose KV was found at admission.
+    read_from: the first token that was read by this chunk itself.
     """
 
     chunk: Chunk
@@ -24,6 +27,7 @@ class Sequence:
     slot: int = -1
     computed: int = 0
     cached: int = 0
+    read_from: int = 0
     log_probs: list[float] = field(default_factory=list)
     version_starts: list[tuple[int, int]] = field(default_factory=list)
 
@@ -37,6 +41,21 @@ class Sequence:
     def request_id(self) -> str:
         return self.chunk.request_id
 
+    def admit(self, slot: int, cached: int) -> None:
+        """The chunk runs from now on, in `slot`, where `cached` tokens have their KV."""
+        self.slot = slot
+        self.computed = self.cached = self.read_from = cached
+
+    def forget(self) -> None:
+        """The KV is lost: everything is to be read again."""
+        self.computed = self.read_from = 0
+
+    @property
+    def routed(self) -> slice | None:
+        """The tokens whose experts are to be reported, if that was asked for."""
+        asked = self.chunk.routed_from
+        return None if asked is None else slice(min(asked, self.read_from), self.computed)
+
     def append(self, token: int, log_prob: float, version: int) -> FinishReason | None:
         """Add a sampled token; the reason to end, if it is the last one."""
         if not self.version_starts or self.version_starts[-1][0] != version:
@@ -48,7 +67,8 @@ class Sequence:
             return "stop"
         return "length" if len(self.tokens) >= self.limit else None
 
-    def result(self, reason: FinishReason) -> ChunkResult:
+    def result(self, reason: FinishReason, routed_experts: np.ndarray | None = None) -> ChunkResult:
+        """routed_experts: those of `routed`."""
         ends = [start for _, start in self.version_starts[1:]] + [len(self.log_probs)]
         return ChunkResult(
             request_id=self.request_id,
@@ -57,4 +77,6 @@ class Sequence:
             finish_reason=reason,
             cached_tokens=self.cached,
             versions=tuple(VersionSpan(v, start, end) for (v, start), end in zip(self.version_starts, ends)),
+            routed_experts=routed_experts,
+            routed_from=0 if routed_experts is None else self.routed.start,
         )
