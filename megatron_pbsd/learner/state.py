@@ -57,6 +57,7 @@ def save(
     state["rng"] = _rng(platform.rng_state())
     state["scheduler"] = scheduler.state_dict()
     state["layout"] = _layout()
+    state["distributed_optimizer"] = bool(_distributed(optimizer))
     dist_checkpointing.save(state, folder, InProcessSave())
 
 
@@ -70,7 +71,12 @@ def load(
     """
     if not dist_checkpointing.check_is_distributed_checkpoint(folder):
         raise LearnerError(f"{folder} holds no learner state: its metadata.json is missing")
-    same_layout = dist_checkpointing.load_common_state_dict(folder)["layout"] == _layout()
+    common = dist_checkpointing.load_common_state_dict(folder)
+    same_layout = common["layout"] == _layout()
+    written, mine = common["distributed_optimizer"], bool(_distributed(optimizer))
+    if written != mine:
+        raise LearnerError(f"{folder} was written with learner.distributed_optimizer = {written}, this run has {mine}; "
+                           "set it alike: Megatron-core lays the two out differently")
     state = _sharded(chunks, optimizer, is_loading=True)
     if same_layout:
         state["rng"] = _rng(None)
@@ -79,6 +85,7 @@ def load(
     for chunk, key in zip(chunks, _keys(chunks), strict=True):
         chunk.load_state_dict(loaded[key])
     optimizer.load_state_dict(loaded["optimizer"])
+    _separate_steps(optimizer)
     scheduler.load_state_dict(loaded["scheduler"])
     if same_layout:
         platform.set_rng_state(loaded["rng"])
@@ -106,11 +113,23 @@ def _keys(chunks: Sequence[MegatronModule]) -> list[str]:
     return ["model"] if len(chunks) == 1 else [f"model{i}" for i in range(len(chunks))]
 
 
+def _distributed(optimizer: MegatronOptimizer) -> list[DistributedOptimizer]:
+    chained = getattr(optimizer, "chained_optimizers", [optimizer])
+    return [one for one in chained if isinstance(one, DistributedOptimizer)]
+
+
+def _separate_steps(optimizer: MegatronOptimizer) -> None:
+    """Megatron-core 0.16.1 loads one `step` tensor into all of torch Adam's states: each parameter would advance it,
+    and bias correction be silently wrong."""
+    for one in _distributed(optimizer):
+        for held in one.optimizer.state.values():
+            if torch.is_tensor(held.get("step")):
+                held["step"] = held["step"].clone()
+
+
 def _allocate(optimizer: MegatronOptimizer) -> None:
     """Give a distributed optimizer that has not stepped yet the state that loading writes into."""
-    for one in getattr(optimizer, "chained_optimizers", [optimizer]):
-        if not isinstance(one, DistributedOptimizer):
-            continue
+    for one in _distributed(optimizer):
         for group in one.optimizer.param_groups:
             for parameter in group["params"]:
                 if not one.optimizer.state[parameter]:

@@ -56,7 +56,6 @@ def saved(ranks, folders, tmp_path_factory):
     ("tp2", "pp2", "tied"), ("pp2", "tp2", "untied"), ("dp2", "one", "tied"), ("one", "tp2pp2", "untied"),
     ("tp2pp2", "dp2", "tied"), ("pp2vpp2", "pp2vpp2", "tied"), ("pp2vpp2", "tp2", "tied"), ("cp2", "pp4vpp2", "tied"),
     ("dp2-distributed", "dp2-distributed", "tied"), ("tp2dp2-distributed", "dp2-distributed", "tied"),
-    ("dp2-distributed", "tp2", "tied"),
     ("ep2", "ep2", "moe"), ("tp2ep2", "tp2ep2", "glm"), ("pp2ep2", "pp2ep2", "glm"),
 ])
 def test_resume(ranks, folders, saved, source, target, model):
@@ -70,6 +69,12 @@ def test_resume(ranks, folders, saved, source, target, model):
         for got, wanted in zip(found, expected, strict=True):
             assert (got[2]["torch"] == wanted[2]["torch"]).all()
             assert got[2]["model_parallel"].keys() == wanted[2]["model_parallel"].keys()
+
+
+def test_another_kind_of_optimizer_is_named(ranks, folders, saved):
+    folder, _ = saved("dp2-distributed", "tied")
+    with pytest.raises(AssertionError, match="distributed_optimizer = True, this run has False"):
+        ranks.run(run, 2, folders["tied"], "tp2", folder, None)
 
 
 def test_nothing_to_load_is_named(ranks, folders, tmp_path):
