@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 
 COMMON = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 128, "rms_norm_eps": 1e-6,
+    "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 128, "rms_norm_eps": 1e-6,
     "initializer_range": 0.1, "tie_word_embeddings": False,
     "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
 }
@@ -24,18 +25,32 @@ TINY: dict[str, dict[str, Any]] = {
 """model_type → configuration."""
 
 
+def tiny_config(model_type: str, **changes: Any) -> dict[str, Any]:
+    """What config.json says of `TINY[model_type]` with these fields changed; a change to ... leaves the field out."""
+    given = {name: value for name, value in changes.items() if value is not ...}
+    written = _config(model_type, given).to_dict() | given
+    return {name: value for name, value in written.items() if changes.get(name) is not ...}
+
+
 def make_tiny(model_type: str, folder: Path, seed: int = 0, **changes: Any) -> Path:
     """`folder`, now with a model in Hugging Face format of which no weight has the value that new models start with.
 
     changes: configuration fields that differ from `TINY[model_type]`.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    config = AutoConfig.for_model(model_type, **TINY[model_type] | changes)
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config)
+    model = AutoModelForCausalLM.from_config(_config(model_type, changes))
+    biases = [buffer for name, buffer in model.named_buffers() if name.endswith("bias")]
     with torch.no_grad():
-        for tensor in (*model.parameters(), *(b for n, b in model.named_buffers() if n.endswith("bias"))):
+        for tensor in (*model.parameters(), *biases):
             tensor.add_(torch.randn_like(tensor) * 0.1)
     model.save_pretrained(folder)
     return folder
+
+
+def _config(model_type: str, changes: dict[str, Any]):
+    from transformers import AutoConfig
+
+    # transformers writes into what it is given.
+    return AutoConfig.for_model(model_type, **deepcopy(TINY[model_type] | changes))

@@ -1,98 +1,162 @@
-"""The parameter map over all ranks of a layout, by brute force."""
+"""The parameter map over all ranks and model chunks of a layout, by brute force; where ranks lie, by Megatron-core."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import assume, given, settings, strategies as st
+from tiny_models import TINY, tiny_config
 
 from megatron_pbsd.config import ParallelConfig
 from megatron_pbsd.models import ModelError, family, layout_problems
-from megatron_pbsd.models.parameters import coordinates, local_shape
+from megatron_pbsd.models.parameters import coordinates, local_shape, stage_layers
 
 
-def hf_config(**changes):
-    return {
-        "model_type": "qwen3", "vocab_size": 16, "hidden_size": 6, "intermediate_size": 8, "num_hidden_layers": 4,
-        "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 2, "max_position_embeddings": 32,
-        "rms_norm_eps": 1e-6, "initializer_range": 0.02, "tie_word_embeddings": True,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}, **changes}
+@st.composite
+def layouts(draw, sizes, most_ranks, experts=True):
+    tp, cp, dp, pp = (draw(st.sampled_from(sizes)) for _ in range(4))
+    stage = tp * cp * dp
+    assume(stage * pp <= most_ranks)
+    ep = draw(st.sampled_from([n for n in sizes if stage % n == 0])) if experts else 1
+    etp = draw(st.sampled_from([n for n in sizes if stage // ep % n == 0])) if experts else 1
+    vpp = draw(st.sampled_from([1, 2])) if pp > 1 else 1
+    return ParallelConfig(world_size=stage * pp, tp=tp, cp=cp, pp=pp, vpp=vpp, ep=ep, etp=etp)
 
 
-layouts = st.builds(
-    lambda tp, pp, dp: ParallelConfig(world_size=tp * pp * dp, tp=tp, pp=pp),
-    st.sampled_from([1, 2, 4]), st.sampled_from([1, 2, 4]), st.sampled_from([1, 2]))
-
-
-@settings(deadline=None, max_examples=30)
-@given(parallel=layouts, tied=st.booleans())
-def test_primary_pieces_cover_every_element_once_and_locals_are_tiled(parallel, tied):
-    hf = hf_config(tie_word_embeddings=tied)
-    qwen3 = family(hf)
-    written = {name: np.zeros(shape, int) for name, shape in qwen3.hf_tensors(hf).items()}
+def assert_covered(hf, parallel):
+    model = family(hf)
+    written = {name: np.zeros(shape, int) for name, shape in model.hf_tensors(hf).items()}
     for rank in range(parallel.world_size):
-        for pieces in qwen3.pieces(hf, parallel, coordinates(parallel, rank)).values():
-            local = np.zeros(local_shape(pieces), int)
-            for piece in pieces:
-                local[piece.local_index] += 1
-                assert local[piece.local_index].shape == written[piece.hf_name][piece.hf_index].shape
-                if piece.primary:
-                    written[piece.hf_name][piece.hf_index] += 1
-            assert (local == 1).all()
+        for chunk in range(parallel.vpp):
+            for pieces in model.pieces(hf, parallel, coordinates(parallel, rank), chunk).values():
+                local = np.zeros(local_shape(pieces), int)
+                for piece in pieces:
+                    local[piece.local_index] += 1
+                    assert local[piece.local_index].shape == written[piece.hf_name][piece.hf_index].shape
+                    if piece.primary:
+                        written[piece.hf_name][piece.hf_index] += 1
+                assert (local == 1).all()
     for name, count in written.items():
         assert (count == 1).all(), name
 
 
-def test_fused_qkv_is_interleaved_by_key_value_head():
-    hf = hf_config()
-    parallel = ParallelConfig(world_size=2, tp=2, pp=1)
-    local = family(hf).pieces(hf, parallel, coordinates(parallel, 1))
-    rows = [(p.hf_name.split(".")[-2], p.hf_index[0].start, p.hf_index[0].stop)
-            for p in local["decoder.layers.0.self_attention.linear_qkv.weight"]]
-    assert rows == [("q_proj", 8, 12), ("k_proj", 4, 6), ("v_proj", 4, 6),
-                    ("q_proj", 12, 16), ("k_proj", 6, 8), ("v_proj", 6, 8)]
+@pytest.mark.parametrize("model_type", TINY)
+@settings(max_examples=100)
+@given(data=st.data(), tied=st.booleans())
+def test_primary_pieces_cover_every_element_once_and_locals_are_tiled(model_type, data, tied):
+    hf = tiny_config(model_type, tie_word_embeddings=tied)
+    assert_covered(hf, data.draw(layouts([1, 2], 32, experts=model_type != "qwen3")))
 
 
-@pytest.mark.parametrize(("tp", "pp", "words"), [
-    (8, 1, ["learner.parallel.tp = 8", "num_key_value_heads = 4", "[1, 2, 4]"]),
-    (3, 1, ["learner.parallel.tp = 3", "vocab_size = 16"]),
-    (1, 3, ["learner.parallel.pp = 3", "num_hidden_layers = 4", "[1, 2, 4]"]),
+@settings(max_examples=200)
+@given(parallel=layouts([1, 2, 3, 4], 96))
+def test_ranks_lie_where_megatron_puts_them(parallel):
+    from megatron.core.parallel_state import RankGenerator
+
+    order = "tp-cp-ep-dp-pp"
+    dense = RankGenerator(tp=parallel.tp, ep=1, dp=parallel.dp, pp=parallel.pp, cp=parallel.cp, order=order)
+    expert = RankGenerator(
+        tp=parallel.etp, ep=parallel.ep, dp=parallel.expert_dp, pp=parallel.pp, cp=1, order=order)
+    places = {"tp": (dense, "tp"), "cp": (dense, "cp"), "dp": (dense, "dp"), "pp": (dense, "pp"),
+              "etp": (expert, "tp"), "ep": (expert, "ep"), "expert_dp": (expert, "dp")}
+    for name, (generator, token) in places.items():
+        for group in generator.get_ranks(token):
+            assert [getattr(coordinates(parallel, rank), name) for rank in group] == list(range(len(group)))
+
+
+@settings(max_examples=50)
+@given(pp=st.integers(1, 5), vpp=st.integers(1, 4), each=st.integers(1, 3))
+def test_layers_lie_where_megatron_puts_them(pp, vpp, each):
+    import torch
+    from megatron.core.transformer.transformer_block import get_num_layers_to_build
+    from megatron.core.transformer.transformer_config import TransformerConfig
+    from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+
+    assume(pp > 1 or vpp == 1)
+    layers = pp * vpp * each
+    config = TransformerConfig(
+        num_layers=layers, hidden_size=8, num_attention_heads=1, pipeline_model_parallel_size=pp,
+        virtual_pipeline_model_parallel_size=vpp if vpp > 1 else None, pipeline_dtype=torch.float32)
+    parallel = ParallelConfig(world_size=pp, tp=1, pp=pp, vpp=vpp)
+    for rank in range(pp):
+        for chunk in range(vpp):
+            stage = chunk if vpp > 1 else None
+            start = get_transformer_layer_offset(config, stage, rank)
+            assert stage_layers(layers, parallel, rank, chunk) == range(
+                start, start + get_num_layers_to_build(config, stage, rank))
+
+
+def local(hf, parallel, rank, chunk=0):
+    return family(hf).pieces(hf, parallel, coordinates(parallel, rank), chunk)
+
+
+@pytest.mark.parametrize("kind", ["weight", "bias"])
+def test_fused_qkv_is_interleaved_by_key_value_head(kind):
+    hf = tiny_config("glm4_moe", num_attention_heads=8, num_key_value_heads=4, head_dim=4)
+    second = local(hf, ParallelConfig(world_size=2, tp=2), 1)
+    rows = [(p.hf_name.removeprefix("model.layers.0.self_attn."), p.hf_index[0].start, p.hf_index[0].stop)
+            for p in second[f"decoder.layers.0.self_attention.linear_qkv.{kind}"]]
+    assert rows == [(f"q_proj.{kind}", 16, 24), (f"k_proj.{kind}", 8, 12), (f"v_proj.{kind}", 8, 12),
+                    (f"q_proj.{kind}", 24, 32), (f"k_proj.{kind}", 12, 16), (f"v_proj.{kind}", 12, 16)]
+
+
+def test_experts_are_divided_over_ranks_and_each_over_its_tensor_parallel_ranks():
+    hf = tiny_config("glm4_moe")
+    parallel = ParallelConfig(world_size=8, tp=2, cp=2, ep=2, etp=2)
+    rank = local(hf, parallel, 3)  # tp 1, cp 1, dp 0; etp 1, ep 1, expert dp 0
+    up = rank["decoder.layers.1.mlp.experts.local_experts.2.linear_fc1.weight"]
+    assert [(p.hf_name, p.hf_index[0], p.primary) for p in up] == [
+        (f"model.layers.1.mlp.experts.6.{half}_proj.weight", slice(8, 16), True) for half in ("gate", "up")]
+    (down,) = rank["decoder.layers.1.mlp.experts.local_experts.2.linear_fc2.weight"]
+    assert down.hf_index == (slice(0, 32), slice(8, 16))
+    (shared,) = rank["decoder.layers.1.mlp.shared_experts.linear_fc2.weight"]
+    assert (shared.hf_index[1], shared.primary) == (slice(16, 32), False)
+    for number, primary in ((0, True), (1, False), (4, False)):
+        (bias,) = local(hf, parallel, number)["decoder.layers.1.mlp.router.expert_bias"]
+        assert (bias.shape, bias.primary) == ((8,), primary)
+    # From rank 4 on every rank is the second of two replicas.
+    assert not any(p.primary for parts in local(hf, parallel, 4).values() for p in parts)
+
+
+def test_first_and_last_chunk_hold_the_ends_of_the_model():
+    hf = tiny_config("qwen3_moe", tie_word_embeddings=True)
+    parallel = ParallelConfig(world_size=2, tp=1, pp=2, vpp=2)
+    ends = {"embedding.word_embeddings.weight", "decoder.final_layernorm.weight", "output_layer.weight"}
+    found = {(rank, chunk): ends & local(hf, parallel, rank, chunk).keys() for rank in (0, 1) for chunk in (0, 1)}
+    assert found == {
+        (0, 0): {"embedding.word_embeddings.weight"}, (0, 1): set(), (1, 0): set(),
+        (1, 1): {"decoder.final_layernorm.weight", "output_layer.weight"}}
+    # Layer 2 is dense; it is the second chunk of the first rank.
+    assert "decoder.layers.0.mlp.linear_fc1.weight" in local(hf, parallel, 0, 1)
+
+
+@pytest.mark.parametrize(("model_type", "layout", "words"), [
+    ("qwen3", {"tp": 4}, ["tp = 4 does not divide", "num_key_value_heads = 2", "[1, 2]"]),
+    ("qwen3", {"tp": 3}, ["tp = 3 does not divide", "vocab_size = 64", "num_attention_heads = 4"]),
+    ("qwen3", {"tp": 1, "pp": 3}, ["pp = 3 does not divide", "num_hidden_layers = 4", "[1, 2, 4]"]),
+    ("qwen3", {"tp": 1, "pp": 2, "vpp": 4}, ["vpp = 4 does not divide", "num_hidden_layers / pp = 4 / 2", "[1, 2]"]),
+    ("qwen3", {"tp": 2, "ep": 2}, ["ep = 2 divides experts", "has none", "[1]"]),
+    ("qwen3", {"tp": 2, "etp": 2}, ["etp = 2 divides experts", "has none", "[1]"]),
+    ("qwen3_moe", {"tp": 1, "cp": 3, "ep": 3}, ["ep = 3 does not divide num_experts = 8", "[1, 2, 4, 8]"]),
+    ("glm4_moe", {"tp": 1, "cp": 3, "etp": 3}, ["etp = 3 does not divide moe_intermediate_size = 16"]),
 ])
-def test_layouts_that_do_not_divide_the_model_are_named(tp, pp, words):
-    hf, parallel = hf_config(), ParallelConfig(world_size=tp * pp, tp=tp, pp=pp)
+def test_layouts_that_do_not_divide_the_model_are_named(model_type, layout, words):
+    hf = tiny_config(model_type)
+    ranks = layout.get("tp", 1) * layout.get("cp", 1) * layout.get("pp", 1)
+    parallel = ParallelConfig(world_size=ranks, **layout)
     (problem,) = layout_problems(hf, parallel)
+    assert problem.startswith("learner.parallel.")
     assert all(word in problem for word in words), problem
-    with pytest.raises(ModelError, match="does not divide"):
-        family(hf).pieces(hf, parallel, coordinates(parallel, 0))
+    with pytest.raises(ModelError, match="valid for this model"):
+        local(hf, parallel, 0)
 
 
-@pytest.mark.parametrize(("change", "words"), [
-    ({"model_type": "qwen4"}, "did you mean 'qwen3'"),
-    ({"attention_bias": True}, "'attention_bias' = True is not implemented"),
-    ({"hidden_size_": 3}, "'hidden_size_' = 3 is not known .* did you mean 'hidden_size'"),
-    ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1.0}}, "'rope_parameters.rope_type' = 'yarn'"),
-    ({"rope_parameters": {"rope_type": "default", "rope_theta": 1.0, "factor": 2}}, "'rope_parameters.factor'"),
-    ({"layer_types": ["sliding_attention"] * 4}, "'layer_types'"),
-    ({"sliding_window": 128, "use_sliding_window": True}, "'use_sliding_window'"),
-    ({"rope_scaling": {"type": "yarn"}}, "'rope_scaling'"),
-])
-def test_fields_that_change_the_mathematics_are_errors(change, words):
-    with pytest.raises(ModelError, match=words):
-        family(hf_config(**change))
-
-
-def test_missing_fields_are_all_named():
-    hf = hf_config()
-    del hf["head_dim"], hf["rms_norm_eps"]
-    with pytest.raises(ModelError, match="'head_dim' is missing; 'rms_norm_eps' is missing"):
-        family(hf)
-
-
-def test_config_as_transformers_4_and_5_write_it():
-    from transformers import Qwen3Config
-
-    written = Qwen3Config(num_hidden_layers=2).to_dict()
-    assert family(written).gpt_model(written)["rotary_base"] == written["rope_parameters"]["rope_theta"]
-    older = hf_config(rope_theta=5e5, rope_scaling=None, torch_dtype="bfloat16")
-    del older["rope_parameters"]
-    assert family(older).gpt_model(older)["rotary_base"] == 5e5
+def test_only_lengths_that_occur_must_be_divisible():
+    everywhere = {"num_experts": 8, "mlp_only_layers": [], "intermediate_size": 49}
+    assert not layout_problems(tiny_config("qwen3_moe", **everywhere), ParallelConfig(world_size=2, tp=2))
+    (problem,) = layout_problems(tiny_config("qwen3_moe", intermediate_size=49), ParallelConfig(world_size=2, tp=2))
+    assert "intermediate_size = 49" in problem
+    shared = tiny_config("glm4_moe", n_shared_experts=1, moe_intermediate_size=15)
+    (problem,) = layout_problems(shared, ParallelConfig(world_size=2, tp=2))
+    assert "shared_intermediate_size = 15" in problem
+    assert not layout_problems(shared, ParallelConfig(world_size=3, tp=1, cp=3))
