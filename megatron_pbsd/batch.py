@@ -47,6 +47,7 @@ SCHEMA: dict[str, Field] = {
         Field("teacher_log_probs", "float32", "token", 0, "zigzag", "same token, privileged prompt (nats)"),
         Field("teacher_top_tokens", "int64", "token", 0, "zigzag", "the teacher's likeliest tokens here, [K]", 1),
         Field("teacher_top_log_probs", "float32", "token", 0, "zigzag", "their log-probs (nats), [K]", 1),
+        Field("reference_log_probs", "float32", "token", 0, "zigzag", "same token, model that the run started from"),
         Field("advantages", "float32", "token", 0, "zigzag", "credit of a generated token"),
         Field("values", "float32", "token", 0, "zigzag", "value head's estimate before the token, before the update"),
         Field("returns", "float32", "token", 0, "zigzag", "what the value head should have estimated"),
