@@ -28,14 +28,16 @@ class Section(BaseModel):
 
 
 def _completed(given: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
-    """`given`, whose sections also have what their defaults were made with. Of a union only the default's variant."""
+    """`given`, whose sections also have what their defaults were made with. Of a union, whose variants have a `name`,
+    that is for the default's variant, which is also the one that is meant if there is no name."""
     completed = dict(given)
     for key, section in given.items():
         default = defaults.get(key)
         if not isinstance(section, dict) or not isinstance(default, Section):
             continue
-        chosen = {name: getattr(default, name) for name in default.model_fields_set}
-        if section.get("name") in (None, getattr(default, "name", None)):
+        tag = {"name": default.name} if "name" in type(default).model_fields else {}
+        if section.get("name", tag.get("name")) == tag.get("name"):
+            chosen = tag | {name: getattr(default, name) for name in default.model_fields_set}
             completed[key] = {**chosen, **_completed(section, chosen)}
     return completed
 
