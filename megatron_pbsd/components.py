@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_pbsd import losses, summary
+from megatron_pbsd import credit, losses, summary
 from megatron_pbsd.checkpointing.hf_export import export_hf
 from megatron_pbsd.checkpointing.store import CheckpointStore, read_manifest
 from megatron_pbsd.config import RunConfig
@@ -21,8 +21,9 @@ from megatron_pbsd.observability.recorder import Recorder
 from megatron_pbsd.observability.records import TRAJECTORIES
 from megatron_pbsd.prompts import evaluation_requests
 from megatron_pbsd.resharding.publication import Publisher
-from megatron_pbsd.rollout.coordinator import RolloutRequest, build_coordinator
+from megatron_pbsd.rollout.coordinator import CollectStatistics, RolloutRequest, build_coordinator
 from megatron_pbsd.rollout.engine_group import EngineGroup
+from megatron_pbsd.rollout.engines.host import EngineHost
 from megatron_pbsd.rollout.engines.protocol import Engine
 from megatron_pbsd.trajectory import Group
 
@@ -40,12 +41,14 @@ class Rollout:
         self._runtime, self._coordinator, self._config, self._recorder = runtime, coordinator, config, recorder
 
     def collect(self, requests: Sequence[RolloutRequest], step: int, *, temperature: float | None = None,
-                kind: str = "step") -> tuple[list[Group], dict[str, float]]:
-        """Unscored groups in the order of `requests`, and the rollout's metrics.
+                kind: str = "step", attempt: int = 0) -> tuple[list[Group], CollectStatistics]:
+        """Unscored groups in the order of `requests`, and what the engines did.
 
-        Finished trajectories are in `trajectories/<kind>_<step>.unscored.jsonl` until the next rollout begins.
+        Finished trajectories are in `trajectories/<kind>_<step>.unscored.jsonl` until a rollout begins that is not a
+        further attempt of the same step.
         """
-        self.discard_unscored()
+        if attempt == 0:
+            self.discard_unscored()
         sink = self._recorder.folder / TRAJECTORIES / f"{kind}_{step:06d}.unscored.jsonl"
         call = self._coordinator.call(
             "collect", requests, step=step, seed=self._config.seed, sink=sink.resolve(),
@@ -56,13 +59,7 @@ class Rollout:
             progress = self._runtime.result(self._coordinator.observe("progress"))
             self._recorder.rollout_progress(progress.finished, progress.total)
         groups = self._runtime.result(call)
-        statistics = self._runtime.result(self._coordinator.call("statistics"))
-        return groups, {
-            "rollout/tokens": float(statistics.generated_tokens),
-            "rollout/tokens_per_s": statistics.tokens_per_second,
-            "rollout/engine_idle": statistics.engine_idle_share,
-            "rollout/cached_tokens": float(statistics.cached_tokens),
-        }
+        return groups, self._runtime.result(self._coordinator.call("statistics"))
 
     def discard_unscored(self) -> None:
         """What the last rollout wrote has since been recorded with its scores."""
@@ -72,7 +69,8 @@ class Rollout:
 
 @dataclass
 class Components:
-    """done: training steps that are behind the learner's weights (0 in a new run)."""
+    """reference: an engine that no weights are published to, if the algorithm compares with it.
+    done: training steps that are behind the learner's weights (0 in a new run)."""
 
     config: RunConfig
     recorder: Recorder
@@ -80,6 +78,7 @@ class Components:
     learner: LearnerGroup
     publisher: Publisher
     rollout: Rollout
+    reference: EngineGroup | None
     checkpoints: CheckpointStore
     done: int
 
@@ -134,26 +133,29 @@ def build(config: RunConfig, resume: bool) -> Iterator[Components]:
         recorder = stack.enter_context(Recorder(folder, config.observability, config, done + 1 if done else 0))
         runtime = stack.enter_context(open_runtime(config.runtime, config.folder / "logs", config.ray_port))
         learner, engines = start_learner(runtime, config), start_engines(runtime, config)
+        reference = start_reference(runtime, config)
         coordinator = start_coordinator(runtime, config, engines)
         environment = build_environment(config.environment, config.model.path)
         learner.ready()
         engines.ready()
+        if reference is not None:
+            reference.ready()
         if newest is not None:
             learner.load(str((newest / "learner").resolve()))
         publisher = Publisher(learner, engines, _probe(environment, config), config.rollout.probe_tolerance)
         stack.callback(publisher.close)
         rollout = Rollout(runtime, coordinator, config, recorder)
-        yield Components(config, recorder, environment, learner, publisher, rollout, checkpoints, done)
+        yield Components(config, recorder, environment, learner, publisher, rollout, reference, checkpoints, done)
         rollout.discard_unscored()
 
 
 def start_learner(runtime: Runtime, config: RunConfig) -> LearnerGroup:
-    algorithm = config.algorithm
-    supervised = algorithm.name == "sft"
+    supervised = config.algorithm.name == "sft"
+    loss = losses.build(config.algorithm) if supervised else credit.loss_of(config, on_policy=False)
     return LearnerGroup.spawn(
         runtime, build_learner, world_size=config.learner.parallel.world_size, deadline_s=config.learner.deadline_s,
-        model=config.model, config=config.learner, loss=losses.build(algorithm if supervised else algorithm.loss),
-        seed=config.seed, total_steps=config.steps * (1 if supervised else config.learner.updates_per_step))
+        model=config.model, config=config.learner, loss=loss, seed=config.seed,
+        total_steps=config.steps * (1 if supervised else config.learner.updates_per_step))
 
 
 def build_learner(rank: int, rendezvous: str, **arguments: Any) -> Learner:
@@ -170,6 +172,16 @@ def start_engines(runtime: Runtime, config: RunConfig) -> EngineGroup:
         runtime, build_engine, count=config.rollout.engines, deadline_s=config.rollout.deadline_s,
         model_path=config.model.path, slots=config.rollout.slots, max_context=config.rollout.max_context,
         load_weights=config.model.initial_weights == "load")
+
+
+def start_reference(runtime: Runtime, config: RunConfig) -> EngineGroup | None:
+    """The model that the run started from, as an engine that is never given other weights."""
+    if config.algorithm.name == "sft" or "reference" not in credit.plan_of(config, on_policy=False).passes:
+        return None
+    handle = runtime.spawn(
+        "reference", EngineHost, build_engine, name="reference", model_path=config.model.path, slots=1,
+        max_context=config.rollout.max_context)
+    return EngineGroup(runtime, [handle], config.rollout.deadline_s)
 
 
 def build_engine(**arguments: Any) -> Engine:

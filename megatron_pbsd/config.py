@@ -7,7 +7,7 @@ otherwise. `launcher/overrides.py` turns files and command lines into a `RunConf
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -17,6 +17,29 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
 class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _over_defaults(cls, given: Any) -> Any:
+        """A section of which some keys are given has others from the default of the field it stands in: an algorithm
+        may have other defaults for its loss than the loss itself."""
+        defaults = {name: field.default for name, field in cls.model_fields.items()}
+        return _completed(given, defaults) if isinstance(given, dict) else given
+
+
+def _completed(given: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """`given`, whose sections also have what their defaults were made with. Of a union, whose variants have a `name`,
+    that is for the default's variant, which is also the one that is meant if there is no name."""
+    completed = dict(given)
+    for key, section in given.items():
+        default = defaults.get(key)
+        if not isinstance(section, dict) or not isinstance(default, Section):
+            continue
+        tag = {"name": default.name} if "name" in type(default).model_fields else {}
+        if section.get("name", tag.get("name")) == tag.get("name"):
+            chosen = tag | {name: getattr(default, name) for name in default.model_fields_set}
+            completed[key] = {**chosen, **_completed(section, chosen)}
+    return completed
 
 
 class ModelConfig(Section):
@@ -137,6 +160,9 @@ class LearnerConfig(Section):
     """Positions whose logits exist at a time; the backward pass computes them again when a micro-batch has more."""
     updates_per_step: PositiveInt = 1
     """Optimizer steps per rollout batch: groups are dealt to this many mini-batches."""
+    recompute_log_probs: Literal["auto", "always"] = "auto"
+    """`auto` makes no pass for the old log-probs where the update's own forward pass has them: one optimizer step per
+    rollout batch, and every token sampled by the present weights."""
     deadline_s: Annotated[float, Field(gt=0)] = 300.0
     """After this long without an answer a learner phase is declared hung."""
 
@@ -179,6 +205,10 @@ class EnvironmentConfig(Section):
     """Questions of these numbers of hops are asked."""
 
 
+class ValueLossConfig(Section):
+    """Clipped squared error of the value head (PPO)."""
+
+
 class PolicyLossConfig(Section):
     """Clipped policy-gradient loss (PPO, arXiv 1707.06347, eq. 7, with DAPO's decoupled bounds)."""
 
@@ -192,20 +222,167 @@ class PolicyLossConfig(Section):
     """Weight of the entropy bonus."""
     mismatch_cap: Annotated[float, Field(gt=0)] = 2.0
     """Token-level truncated importance weight min(pi_old / pi_rollout, cap)."""
+    ratio: Literal["token", "sequence"] = "token"
+    """Importance ratio of each token, or the geometric mean over the trajectory's tokens."""
+    objective: Literal["clip", "cispo", "reinforce"] = "clip"
+    """What is made of the ratio: clipped, its weight clipped, or nothing."""
+    reduction: Literal["token", "turn", "trajectory", "group", "constant"] = "token"
+    """Over what token losses are averaged."""
+    value: ValueLossConfig | None = None
+    """Train the value head as well; null for algorithms without one."""
 
 
-class GRPOConfig(Section):
+PolicyLoss = PolicyLossConfig
+
+
+class PolicyGradientConfig(Section):
+    """What the algorithms that learn from rewards share."""
+
+    name: str
+    """Selects the algorithm."""
+    sampling_attempts: PositiveInt = 1
+    """Most rollouts in a step. Above 1, groups whose rewards are all equal, which teach nothing, are replaced by those
+    of further prompts (dynamic sampling: DAPO, arXiv 2503.14476, section 3.2)."""
+    loss: PolicyLoss = PolicyLossConfig()
+    """The policy loss that the advantages weigh."""
+
+    @model_validator(mode="after")
+    def _value_head_is_trained_where_it_is_read(self) -> PolicyGradientConfig:
+        trained = self.loss.value is not None if isinstance(self.loss, PolicyLossConfig) else None
+        if trained is False and isinstance(self, PPOConfig):
+            raise ValueError("loss.value is null, but ppo needs a value head: give it, or another algorithm.name")
+        if trained is True and not isinstance(self, PPOConfig):
+            raise ValueError(f"loss.value trains a value head, which {self.name} does not read: set it to null, or "
+                             "algorithm.name to 'ppo'")
+        return self
+
+
+class GRPOConfig(PolicyGradientConfig):
     """Group-relative policy optimisation (arXiv 2402.03300): reward minus the mean of its own group."""
 
     name: Literal["grpo"] = "grpo"
     """Selects this algorithm."""
     normalise_std: bool = True
     """Divide by the group's standard deviation."""
-    loss: PolicyLossConfig = PolicyLossConfig()
+
+
+class DrGRPOConfig(PolicyGradientConfig):
+    """GRPO without its biases towards length and difficulty (Dr. GRPO, arXiv 2503.20783): no standard deviation, and
+    token losses are summed and divided by a constant."""
+
+    name: Literal["dr_grpo"] = "dr_grpo"
+    """Selects this algorithm."""
+    loss: PolicyLoss = PolicyLossConfig(reduction="constant", clip_high=0.2)
     """The policy loss that the advantages weigh."""
 
 
-class PBSDConfig(Section):
+class DAPOConfig(GRPOConfig):
+    """GRPO with decoupled clipping, token mean, dynamic sampling and soft punishment of length (arXiv 2503.14476)."""
+
+    name: Literal["dapo"] = "dapo"
+    """Selects this algorithm."""
+    sampling_attempts: PositiveInt = 4
+    """Most rollouts in a step: groups whose rewards are all equal are replaced by those of further prompts."""
+    overlong_tokens: PositiveInt | None = None
+    """L_max: trajectories of this many generated tokens lose 1 of their reward; None punishes no length."""
+    overlong_cache: PositiveInt = 32
+    """L_cache: the punishment grows linearly over the last so many tokens before `overlong_tokens`."""
+
+    @model_validator(mode="after")
+    def _cache_fits(self) -> DAPOConfig:
+        if self.overlong_tokens is not None and self.overlong_cache > self.overlong_tokens:
+            raise ValueError(f"overlong_cache = {self.overlong_cache} exceeds overlong_tokens = "
+                             f"{self.overlong_tokens}; it may be at most {self.overlong_tokens}")
+        return self
+
+
+class GSPOConfig(GRPOConfig):
+    """GRPO's advantages under one importance ratio per trajectory (group sequence policy optimisation,
+    arXiv 2507.18071)."""
+
+    name: Literal["gspo"] = "gspo"
+    """Selects this algorithm."""
+    loss: PolicyLoss = PolicyLossConfig(ratio="sequence", clip_low=3e-4, clip_high=4e-4, reduction="trajectory")
+    """The policy loss that the advantages weigh."""
+
+
+class CISPOConfig(GRPOConfig):
+    """GRPO's advantages under clipped importance weights that keep every token's gradient (MiniMax-M1,
+    arXiv 2506.13585)."""
+
+    name: Literal["cispo"] = "cispo"
+    """Selects this algorithm."""
+    loss: PolicyLoss = PolicyLossConfig(objective="cispo", clip_low=1.0)
+    """The policy loss that the advantages weigh."""
+
+
+class RLOOConfig(PolicyGradientConfig):
+    """REINFORCE with the mean of the other trajectories of the group as baseline (arXiv 2402.14740)."""
+
+    name: Literal["rloo"] = "rloo"
+    """Selects this algorithm."""
+    loss: PolicyLoss = PolicyLossConfig(objective="reinforce", reduction="constant")
+    """The policy loss that the advantages weigh."""
+
+
+class PenalisedConfig(PolicyGradientConfig):
+    """What the algorithms share that can hold the policy to the model it started from."""
+
+    kl_penalty: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of log pi_old - log pi_reference, taken from the reward of each token; the reference is the model in
+    model.path, which is held by a further engine."""
+
+
+class ReinforcePPConfig(PenalisedConfig):
+    """REINFORCE with PPO's clipping and advantages normalised over the whole batch (REINFORCE++, arXiv 2501.03262)."""
+
+    name: Literal["reinforce_pp"] = "reinforce_pp"
+    """Selects this algorithm."""
+    group_baseline: bool = False
+    """Subtract the mean of the trajectory's group from its reward first (REINFORCE++-baseline)."""
+    loss: PolicyLoss = PolicyLossConfig(clip_high=0.2)
+    """The policy loss that the advantages weigh."""
+
+
+class PPOConfig(PenalisedConfig):
+    """Proximal policy optimisation (arXiv 1707.06347) with a value head and generalised advantage estimation
+    (arXiv 1506.02438)."""
+
+    name: Literal["ppo"] = "ppo"
+    """Selects this algorithm."""
+    gamma: Fraction = 1.0
+    """Discount of the value of the next generated token."""
+    gae_lambda: Fraction = 0.95
+    """lambda: 0 trusts the value head, 1 the rewards."""
+    whiten: bool = True
+    """Normalise advantages to mean 0 and standard deviation 1 over the batch's tokens."""
+    loss: PolicyLoss = PolicyLossConfig(clip_high=0.2, value=ValueLossConfig())
+    """The policy loss that the advantages weigh."""
+
+
+class PrivilegedConfig(PolicyGradientConfig):
+    """What the algorithms with a privileged teacher share: the policy itself, told the verified answer."""
+
+    exclude_answer_span: bool = True
+    """Leave the final answer's text out of what the teacher says: it can copy it."""
+    teacher_answer: Literal["verified", "shuffled", "neutral"] = "verified"
+    """Controls: another prompt's answer, or neutral text of the same length."""
+
+
+class DistillConfig(PrivilegedConfig):
+    """On-policy self-distillation: every generated token is moved towards the privileged teacher's opinion of it."""
+
+    name: Literal["distill"] = "distill"
+    """Selects this algorithm."""
+    coefficient: Annotated[float, Field(ge=0)] = 1.0
+    """c in A_t = outcome_weight A - c (log pi_student - log pi_teacher)."""
+    outcome_weight: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the group-relative outcome advantage A (GRPO's); 0 learns from the teacher alone."""
+    normalise_std: bool = True
+    """Divide the outcome advantage by the group's standard deviation."""
+
+
+class PBSDConfig(PrivilegedConfig):
     """Privileged Bayesian self-distillation: GRPO's outcome advantage redistributed over turns (docs/pbsd.md)."""
 
     name: Literal["pbsd"] = "pbsd"
@@ -220,12 +397,6 @@ class PBSDConfig(Section):
     """g: a turn keeps m_k = 1 unless |c_k| > g * std_tokens(delta) / sqrt(n_k). 0 switches the gate off."""
     normalise_length: bool = True
     """Use the mean evidence per token of a turn instead of its sum."""
-    exclude_answer_span: bool = True
-    """Leave the final answer's text out of the evidence: the teacher can copy it."""
-    teacher_answer: Literal["verified", "shuffled", "neutral"] = "verified"
-    """Controls: another prompt's answer, or neutral text of the same length."""
-    loss: PolicyLossConfig = PolicyLossConfig()
-    """The policy loss that the advantages weigh."""
 
 
 class SFTConfig(Section):
@@ -246,6 +417,11 @@ class SFTConfig(Section):
     """The same in the privileged format: how a small model learns what the hint is for."""
     fictional_names: Fraction = 0.5
     """Share of demonstrations whose entities are replaced by made-up names, so that they can only be copied."""
+
+
+AlgorithmConfig = Annotated[
+    GRPOConfig | DrGRPOConfig | DAPOConfig | GSPOConfig | CISPOConfig | RLOOConfig | ReinforcePPConfig | PPOConfig
+    | DistillConfig | PBSDConfig | SFTConfig, Field(discriminator="name")]
 
 
 class EvaluationConfig(Section):
@@ -296,7 +472,7 @@ class RunConfig(Section):
     """Port of the local Ray head; None takes a free one."""
     model: ModelConfig
     """The policy."""
-    algorithm: Annotated[GRPOConfig | PBSDConfig | SFTConfig, Field(discriminator="name")] = PBSDConfig()
+    algorithm: AlgorithmConfig = PBSDConfig()
     """From rewards to what is learnt; `algorithm.name` selects it."""
     learner: LearnerConfig = LearnerConfig()
     """Training: layout, optimizer, batching."""
@@ -326,6 +502,11 @@ class RunConfig(Section):
             problems.append(
                 f"learner.updates_per_step = {self.learner.updates_per_step} exceeds rollout.prompts_per_step = "
                 f"{self.rollout.prompts_per_step}: a mini-batch needs at least one group")
+        penalty = self.algorithm.kl_penalty if isinstance(self.algorithm, PenalisedConfig) else 0.0
+        if penalty and self.model is not None and self.model.initial_weights == "random":
+            problems.append(
+                f"algorithm.kl_penalty = {penalty:g} compares the policy with the model in model.path, from which "
+                "model.initial_weights = 'random' does not start it: set the penalty to 0, or the weights to 'load'")
         return problems
 
     @model_validator(mode="after")

@@ -1,72 +1,190 @@
-"""From scored trajectories and two log-prob passes to the batch the learner trains on."""
+"""From scored trajectories to the batch the learner trains on, with as few forward passes as that takes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import islice
+from typing import Protocol
 
 import numpy as np
 
-from megatron_pbsd.algorithms import Algorithm, Outcome
+from megatron_pbsd import losses
+from megatron_pbsd.algorithms import Algorithm, Credit, Outcome, build_algorithm
 from megatron_pbsd.batch import Batch, from_trajectories
+from megatron_pbsd.config import LearnerConfig, RunConfig
+from megatron_pbsd.learner.update import Update
+from megatron_pbsd.losses import Loss
 from megatron_pbsd.trajectory import Group, Trajectory, trajectories_of
 
-LogProbs = Callable[[Batch], list[np.ndarray]]
+SOURCES = {
+    "old_log_probs": ("student", "log_probs"),
+    "values": ("student", "values"),
+    "teacher_log_probs": ("teacher", "log_probs"),
+    "teacher_top_tokens": ("teacher", "top_tokens"),
+    "teacher_top_log_probs": ("teacher", "top_log_probs"),
+    "reference_log_probs": ("reference", "log_probs"),
+}
+"""Batch field → whose forward pass it comes from, and which of its outputs it is."""
+
+NEEDED = {"student": "old_log_probs", "teacher": "teacher_log_probs", "reference": "reference_log_probs",
+          "values": "values"}
+"""What an algorithm `needs` of an outcome → the batch field that holds it."""
+
+Score = Callable[[Batch, Sequence[str]], Mapping[str, list[np.ndarray]]]
+"""A batch and the outputs that are asked for → each output, [T_i, …] per sequence: `LearnerGroup.score`."""
 
 
-def score(algorithm: Algorithm, trajectories: Sequence[Trajectory],
-          log_probs: LogProbs) -> tuple[Batch, list[np.ndarray] | None]:
-    """Old log-probs of the student and, if the algorithm needs them, the teacher's, by the learner.
+class Reference(Protocol):
+    """The model that the run started from: an engine (`EngineGroup` of one) that nothing is published to."""
 
-    Both are one call to `log_probs` (float32 [T_i] per sequence). The teacher reads the privileged prompt and then the
-    same continuation, so its generated tokens correspond one to one.
+    def score(self, sequences: Sequence[Sequence[int]]) -> Sequence[list[np.ndarray]]: ...
 
-    Returns the training batch with `old_log_probs` and `reward`, and the teacher's log-probs of generated tokens.
+
+@dataclass(frozen=True)
+class Plan:
+    """What a step computes before its update, and what the update minimises.
+
+    loss:      None is the learner's own, for data that may be of any policy.
+    fields:    batch fields that forward passes before the update fill.
+    deferred:  the algorithm gets the student's log-probs from the update itself: the loss does without its answer.
     """
-    batch = from_trajectories(trajectories)
-    passes = [batch, from_trajectories(trajectories, privileged=True)] if algorithm.needs_teacher else [batch]
-    masks = [mask for one in passes for mask in one["loss_mask"]]
-    scores = log_probs(Batch({"tokens": [t for one in passes for t in one["tokens"]], "loss_mask": masks}))
-    teacher = [s[mask > 0] for mask, s in zip(masks[batch.size :], scores[batch.size :], strict=True)]
-    batch = batch.with_fields(old_log_probs=scores[: batch.size], reward=[np.float32(t.reward) for t in trajectories])
-    return batch, teacher or None
+
+    algorithm: Algorithm
+    loss: Loss | None
+    fields: tuple[str, ...]
+    deferred: bool
+
+    @property
+    def passes(self) -> dict[str, tuple[str, ...]]:
+        """Whose forward passes are made, and the outputs that are asked of each; empty when the update's is enough."""
+        wanted: dict[str, tuple[str, ...]] = {}
+        for model, output in (SOURCES[name] for name in self.fields):
+            wanted[model] = (*wanted.get(model, ()), output)
+        return wanted
 
 
-def assign(algorithm: Algorithm, groups: Sequence[Group], batch: Batch,
-           teacher: list[np.ndarray] | None) -> tuple[list[Group], Batch, dict[str, float]]:
-    """Credit every generated token; trajectories come back with what was found about each of their turns."""
+def is_on_policy(trajectories: Sequence[Trajectory], version: int, config: LearnerConfig) -> bool:
+    """Whether the update's forward pass has the log-probs under the policy that sampled: the weights of `version`, to
+    be updated once, sampled every token. The trajectories' own records decide, not how they are thought to be made."""
+    return (config.recompute_log_probs == "auto" and config.updates_per_step == 1
+            and all(span.version == version for t in trajectories for turn in t.turns for span in turn.versions))
+
+
+def plan_for(config: RunConfig, groups: Sequence[Group], version: int) -> Plan:
+    """The plan of a step that trains weights `version` on these groups."""
+    return plan_of(config, is_on_policy(trajectories_of(groups), version, config.learner))
+
+
+def plan_of(config: RunConfig, on_policy: bool) -> Plan:
+    return plan(build_algorithm(config.algorithm), loss_of(config, on_policy), on_policy)
+
+
+def loss_of(config: RunConfig, on_policy: bool) -> Loss:
+    """What an update minimises. On exactly on-policy data the loss may end what the algorithm began."""
+    longest = min(config.rollout.max_turns * config.rollout.max_turn_tokens, config.rollout.max_context)
+    return losses.build(config.algorithm if on_policy else config.algorithm.loss, on_policy, longest)
+
+
+def plan(algorithm: Algorithm, loss: Loss, on_policy: bool) -> Plan:
+    """The passes that `algorithm` and `loss` need between them. `loss` is the one for exactly on-policy data or not."""
+    ends = "advantages" not in loss.fields or (on_policy and algorithm.ends_in_loss)
+    deferred = ends and "student" in algorithm.needs
+    wanted = {*loss.fields, *(NEEDED[need] for need in algorithm.needs if not (deferred and need == "student"))}
+    return Plan(algorithm, loss if on_policy else None, tuple(name for name in SOURCES if name in wanted), deferred)
+
+
+def prepare(plan: Plan, groups: Sequence[Group], score: Score, reference: Reference | None) -> tuple[Batch, Credit]:
+    """The batch that the update reads, and the credit in it."""
     trajectories = trajectories_of(groups)
-    generated = [mask > 0 for mask in batch["loss_mask"]]
-    outcomes = [
+    batch = from_trajectories(trajectories).with_fields(
+        reward=[np.float32(t.reward) for t in trajectories],
+        group=[np.int64(i) for i, group in enumerate(groups) for _ in group.trajectories])
+    batch = scored(batch, plan, trajectories, score, reference)
+    found = outcomes(trajectories, batch)
+    credit = plan.algorithm.begin(found) if plan.deferred else plan.algorithm.assign(found)
+    columns = {"advantages": credit.advantages} | ({"returns": credit.returns} if credit.returns is not None else {})
+    return batch.with_fields(**{name: on_generated(batch, values) for name, values in columns.items()}), credit
+
+
+def scored(batch: Batch, plan: Plan, trajectories: Sequence[Trajectory], score: Score,
+           reference: Reference | None) -> Batch:
+    """`batch` with the plan's fields. What the learner computes of student and teacher is one call.
+
+    The teacher reads the privileged prompt and then the same continuation, so its generated tokens correspond one to
+    one to the student's, to which all fields are aligned.
+    """
+    passes = plan.passes
+    sequences = {"student": batch, "teacher": from_trajectories(trajectories, privileged=True)}
+    asked = [model for model in sequences if model in passes]
+    results: dict[str, dict[str, list[np.ndarray]]] = {}
+    if asked:
+        joined = Batch({name: [row for model in asked for row in sequences[model][name]]
+                        for name in ("tokens", "loss_mask")})
+        outputs = score(joined, list(dict.fromkeys(output for model in asked for output in passes[model])))
+        results = {model: {name: rows[i * batch.size : (i + 1) * batch.size] for name, rows in outputs.items()}
+                   for i, model in enumerate(asked)}
+    if "reference" in passes:
+        (log_probs,) = reference.score([tokens.tolist() for tokens in batch["tokens"]])
+        sequences["reference"], results["reference"] = batch, {"log_probs": log_probs}
+    return batch.with_fields(**{
+        name: on_generated(batch, [row[mask > 0] for mask, row in zip(
+            sequences[model]["loss_mask"], results[model][output], strict=True)])
+        for name, (model, output) in SOURCES.items() if name in plan.fields})
+
+
+def on_generated(batch: Batch, values: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """[n, …] of each trajectory's generated tokens → [T, …] of its sequence, 0 elsewhere."""
+    rows = []
+    for mask, value in zip(batch["loss_mask"], values, strict=True):
+        row = np.zeros((len(mask), *value.shape[1:]), value.dtype)
+        row[mask > 0] = value
+        rows.append(row)
+    return rows
+
+
+def outcomes(trajectories: Sequence[Trajectory], batch: Batch) -> list[Outcome]:
+    """The trajectories as an algorithm sees them, with what the batch has of its `needs`."""
+    known = {need: field for need, field in NEEDED.items() if field in batch}
+    return [
         Outcome(
             group_id=trajectory.group_id,
             reward=float(trajectory.reward),
-            turn_index=batch["turn_index"][i][generated[i]],
-            answer_mask=batch["answer_mask"][i][generated[i]] > 0,
-            student=batch["old_log_probs"][i][generated[i]],
-            teacher=None if teacher is None else teacher[i],
+            turn_index=batch["turn_index"][i][generated],
+            answer_mask=batch["answer_mask"][i][generated] > 0,
+            **{need: batch[field][i][generated] for need, field in known.items()},
         )
         for i, trajectory in enumerate(trajectories)
+        for generated in [batch["loss_mask"][i] > 0]
     ]
-    credit = algorithm.assign(outcomes)
-    advantages = []
-    for mask, values in zip(generated, credit.advantages, strict=True):
-        row = np.zeros(len(mask), np.float32)
-        row[mask] = values
-        advantages.append(row)
+
+
+def conclude(plan: Plan, groups: Sequence[Group], batch: Batch, credit: Credit, parts: Sequence[Sequence[int]],
+             updates: Sequence[Update]) -> tuple[list[Group], dict[str, float]]:
+    """The groups with what was found about each of their turns, and the algorithm's metrics.
+
+    parts: which trajectories each of the updates saw.
+    """
+    trajectories = trajectories_of(groups)
+    if plan.deferred:
+        student = {i: row for part, update in zip(parts, updates, strict=True)
+                   for i, row in zip(part, update.log_probs, strict=True)}
+        batch = batch.with_fields(old_log_probs=[student[i] for i in range(batch.size)])
+    found = outcomes(trajectories, batch)
+    if plan.deferred:
+        credit = plan.algorithm.assign(found)
     annotated = iter([
         replace(
             trajectory,
             evidence=None if credit.evidence is None else tuple(map(float, credit.evidence[i])),
-            turn_advantages=tuple(_turn_means(outcomes[i], credit.advantages[i])),
+            turn_advantages=tuple(turn_means(found[i], credit.advantages[i])),
         )
         for i, trajectory in enumerate(trajectories)
     ])
     groups = [replace(group, trajectories=tuple(islice(annotated, len(group.trajectories)))) for group in groups]
-    return groups, batch.with_fields(advantages=advantages), credit.metrics
+    return groups, credit.metrics | {"log_probs/sequences": float(len(plan.passes) * batch.size)}
 
 
-def _turn_means(outcome: Outcome, advantages: np.ndarray) -> list[float]:
+def turn_means(outcome: Outcome, advantages: np.ndarray) -> list[float]:
     tokens = np.maximum(np.bincount(outcome.turn_index, minlength=outcome.turns), 1)
     return (np.bincount(outcome.turn_index, weights=advantages, minlength=outcome.turns) / tokens).tolist()

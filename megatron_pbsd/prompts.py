@@ -6,27 +6,34 @@ There is no data-loader state: a resumed run asks what the uninterrupted one wou
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
-from megatron_pbsd.batch import Batch
-from megatron_pbsd.config import RunConfig
+from megatron_pbsd.config import PrivilegedConfig, RunConfig
 from megatron_pbsd.environments import Environment, Task
 from megatron_pbsd.rollout.coordinator import RolloutRequest
 from megatron_pbsd.trajectory import Group
 
 
-def requests(environment: Environment, tasks: Sequence[Task], config: RunConfig, step: int) -> list[RolloutRequest]:
-    """The prompts of training step `step` (from 1), each asked for a whole group.
+def requests(environment: Environment, tasks: Sequence[Task], config: RunConfig, step: int,
+             attempt: int = 0) -> list[RolloutRequest]:
+    """The prompts of rollout `attempt` (from 0) of training step `step` (from 1), each asked for a whole group.
 
-    Every epoch is a new permutation of all tasks, so no prompt repeats before all were asked.
+    Every epoch is a new permutation of all tasks, so no prompt repeats before the epoch is over. What a step asks does
+    not depend on how many attempts the steps before it took: prompts are set aside for all of them.
     """
     count = config.rollout.prompts_per_step
-    chosen = tasks_between(tasks, config.seed, (step - 1) * count, step * count)
+    first = ((step - 1) * config.algorithm.sampling_attempts + attempt) * count
+    chosen = tasks_between(tasks, config.seed, first, first + count)
     answers = disclosed_answers(environment, chosen, config)
     return [
-        RolloutRequest(group_id=str(i), task=task, samples=config.rollout.group_size, privileged_answer=answer)
+        RolloutRequest(str(attempt * count + i), task, config.rollout.group_size, answer)
         for i, (task, answer) in enumerate(zip(chosen, answers, strict=True))
     ]
+
+
+def informative(groups: Sequence[Group]) -> list[Group]:
+    """Groups whose rewards are not all equal: the others have no advantage."""
+    return [group for group in groups if len({t.reward for t in group.trajectories}) > 1]
 
 
 def evaluation_requests(tasks: Sequence[Task], config: RunConfig) -> list[RolloutRequest]:
@@ -48,7 +55,7 @@ def tasks_between(tasks: Sequence[Task], seed: int, start: int, stop: int) -> li
 
 def disclosed_answers(environment: Environment, tasks: Sequence[Task], config: RunConfig) -> list[str]:
     """What the privileged prompt discloses: the verified answer, or a control's stand-in for it (docs/pbsd.md)."""
-    control = config.algorithm.teacher_answer if config.algorithm.name == "pbsd" else "verified"
+    control = config.algorithm.teacher_answer if isinstance(config.algorithm, PrivilegedConfig) else "verified"
     answers = [task.answers[0] for task in tasks]
     if control == "shuffled":
         # A rotation: no prompt is given its own answer.
@@ -58,13 +65,11 @@ def disclosed_answers(environment: Environment, tasks: Sequence[Task], config: R
     return answers
 
 
-def mini_batches(groups: Sequence[Group], batch: Batch, count: int) -> Iterator[Batch]:
-    """Deal whole groups to `count` optimizer steps; `batch` holds their trajectories in order."""
+def mini_batches(groups: Sequence[Group], count: int) -> list[list[int]]:
+    """Deal whole groups to at most `count` optimizer steps: which trajectories each sees, counted over all groups."""
     members, start = [], 0
     for group in groups:
         members.append(range(start, start + len(group.trajectories)))
         start += len(group.trajectories)
-    for k in range(count):
-        indices = [i for member in members[k::count] for i in member]
-        if indices:
-            yield batch.select(indices)
+    dealt = [[i for member in members[k::count] for i in member] for k in range(count)]
+    return [part for part in dealt if part]

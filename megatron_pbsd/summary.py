@@ -6,7 +6,21 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from megatron_pbsd.rollout.coordinator import CollectStatistics
 from megatron_pbsd.trajectory import Group, trajectories_of
+
+
+def of_engines(rollouts: Sequence[CollectStatistics]) -> dict[str, float]:
+    """The work of a step's rollouts, one after the other."""
+    seconds = sum(r.wall_seconds for r in rollouts)
+    tokens = sum(r.generated_tokens for r in rollouts)
+    return {
+        "rollout/tokens": float(tokens),
+        "rollout/tokens_per_s": tokens / seconds,
+        "rollout/engine_idle": sum(r.engine_idle_share * r.wall_seconds for r in rollouts) / seconds,
+        "rollout/cached_tokens": float(sum(r.cached_tokens for r in rollouts)),
+        "rollout/attempts": float(len(rollouts)),
+    }
 
 
 def of_rollout(groups: Sequence[Group]) -> dict[str, float]:

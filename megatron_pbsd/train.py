@@ -3,7 +3,7 @@
     weights      publisher.publish(version)            learner -> engines, in place, verified
     rollout      rollout.collect(requests)             multi-turn trajectories, tools; token in, token out
     reward       environment.score                     verified answer -> reward
-    log_probs    credit.score, credit.assign           old and teacher log-probs -> evidence -> advantage per token
+    log_probs    credit.plan_for, credit.prepare       the forward passes that are needed -> advantage per token
     train        learner.step(batch)                   micro-batches -> forward_backward_func(loss hook) -> optimizer
     evaluation, checkpoint, and the recorder that keeps all of it
 
@@ -13,13 +13,12 @@ Step s trains on rollouts of weights version s - 1 and makes version s; row 0 of
 from __future__ import annotations
 
 from megatron_pbsd import credit, summary
-from megatron_pbsd.algorithms import build_algorithm
 from megatron_pbsd.batch import from_trajectories
 from megatron_pbsd.components import Components, build
 from megatron_pbsd.config import RunConfig
 from megatron_pbsd.environments.search_qa.demonstrations import Demonstrator
-from megatron_pbsd.prompts import mini_batches, requests
-from megatron_pbsd.trajectory import trajectories_of
+from megatron_pbsd.prompts import informative, mini_batches, requests
+from megatron_pbsd.trajectory import Group
 
 
 def main(config: RunConfig, resume: bool = False) -> None:
@@ -31,21 +30,42 @@ def main(config: RunConfig, resume: bool = False) -> None:
 
 def train_with_rewards(run: Components) -> None:
     config, recorder = run.config, run.recorder
-    algorithm, tasks = build_algorithm(config.algorithm), run.environment.tasks(config.environment.train_split)
     start(run)
     for step in range(run.done + 1, config.steps + 1):
-        with recorder.phase("rollout"):
-            groups, metrics = run.rollout.collect(requests(run.environment, tasks, config, step), step)
-        with recorder.phase("reward"):
-            groups = run.reward(groups)
+        groups, others, metrics = roll_out(run, step)
         with recorder.phase("log_probs"):
-            batch, teacher = credit.score(algorithm, trajectories_of(groups), run.learner.log_probs)
-            groups, batch, credit_metrics = credit.assign(algorithm, groups, batch, teacher)
+            plan = credit.plan_for(config, groups, version=step - 1)
+            batch, credited = credit.prepare(plan, groups, run.learner.score, run.reference)
         with recorder.phase("train"):
-            parts = mini_batches(groups, batch, config.learner.updates_per_step)
-            metrics |= summary.of_updates([run.learner.step(part).metrics for part in parts])
-        recorder.trajectories(step, groups, run.environment.decode)
-        finish(run, step, metrics | credit_metrics | summary.of_rollout(groups))
+            parts = mini_batches(groups, config.learner.updates_per_step)
+            updates = [run.learner.step(batch.select(part), plan.loss) for part in parts]
+            metrics |= summary.of_updates([update.metrics for update in updates])
+        groups, credit_metrics = credit.conclude(plan, groups, batch, credited, parts, updates)
+        recorder.trajectories(step, groups + others, run.environment.decode)
+        finish(run, step, metrics | credit_metrics)
+
+
+def roll_out(run: Components, step: int) -> tuple[list[Group], list[Group], dict[str, float]]:
+    """The groups to train on, those that are not, all with rewards, and metrics of all.
+
+    With `sampling_attempts` above 1 prompts are asked until as many groups as were wanted are informative.
+    """
+    config, asked, statistics = run.config, [], []
+    tasks, wanted = run.environment.tasks(config.environment.train_split), config.rollout.prompts_per_step
+    for attempt in range(config.algorithm.sampling_attempts):
+        with run.recorder.phase("rollout"):
+            prompts = requests(run.environment, tasks, config, step, attempt)
+            groups, work = run.rollout.collect(prompts, step, attempt=attempt)
+        with run.recorder.phase("reward"):
+            asked += run.reward(groups)
+        statistics.append(work)
+        if len(informative(asked)) >= wanted:
+            break
+    chosen = informative(asked)[:wanted] if config.algorithm.sampling_attempts > 1 else asked
+    chosen = chosen or asked[:wanted]
+    ids = {group.group_id for group in chosen}
+    others = [group for group in asked if group.group_id not in ids]
+    return chosen, others, summary.of_engines(statistics) | summary.of_rollout(asked)
 
 
 def train_supervised(run: Components) -> None:

@@ -1,11 +1,18 @@
 """The order of the data and the dealing of groups, as properties."""
 
-import numpy as np
-from hypothesis import given, strategies as st
+from contextlib import contextmanager
 
-from megatron_pbsd.batch import Batch
-from megatron_pbsd.prompts import mini_batches, tasks_between
-from megatron_pbsd.trajectory import Group, Trajectory
+import numpy as np
+import pytest
+from hypothesis import given, strategies as st
+from scripted_rollout import EchoEnvironment
+
+from megatron_pbsd.config import RunConfig
+from megatron_pbsd.environments import Task
+from megatron_pbsd.prompts import mini_batches, requests, tasks_between
+from megatron_pbsd.rollout.coordinator import CollectStatistics
+from megatron_pbsd.train import roll_out
+from megatron_pbsd.trajectory import Group, Trajectory, Turn, VersionSpan
 
 
 @given(st.integers(1, 30), st.integers(0, 5), st.integers(1, 7), st.integers(1, 12))
@@ -19,14 +26,81 @@ def test_steps_read_on_where_the_last_one_stopped_and_each_epoch_asks_everything
 
 @given(st.lists(st.integers(1, 4), min_size=1, max_size=8), st.integers(1, 8))
 def test_mini_batches_hold_whole_groups_and_every_sequence_once(sizes, count):
-    groups, tokens = [], []
+    groups, owner = [], []
     for g, size in enumerate(sizes):
-        members = tuple(Trajectory(f"{g}/{i}", str(g), "t", (1,), (1,), ()) for i in range(size))
-        groups.append(Group(str(g), members))
-        tokens += [np.array([g, i]) for i in range(size)]
-    parts = list(mini_batches(groups, Batch({"tokens": tokens}), count))
-    seen = [tuple(t) for part in parts for t in part["tokens"]]
-    assert sorted(seen) == sorted(map(tuple, tokens))
+        groups.append(group(g, [0.0] * size))
+        owner += [g] * size
+    parts = mini_batches(groups, count)
+    assert sorted(i for part in parts for i in part) == list(range(sum(sizes)))
+    assert len(parts) == min(count, len(sizes))
     for part in parts:
-        inside = [t[0] for t in part["tokens"]]
+        inside = [owner[i] for i in part]
         assert all(inside.count(g) == sizes[g] for g in set(inside))
+
+
+def group(g, rewards):
+    turn = Turn((5, 1), (-0.5, -0.5), (), "answer", "stop", (VersionSpan(0, 0, 2),))
+    return Group(str(g), tuple(
+        Trajectory(f"1/{g}/{i}", str(g), "t", (1,), (1,), (turn,), r) for i, r in enumerate(rewards)))
+
+
+@given(st.integers(1, 40), st.integers(1, 5), st.integers(1, 3), st.integers(1, 6))
+def test_further_attempts_ask_what_no_other_rollout_of_the_epoch_asks(tasks, count, attempts, steps):
+    config = RunConfig(name="n", steps=steps, model={"path": "m"}, rollout={"prompts_per_step": count},
+                       algorithm={"name": "dapo", "sampling_attempts": attempts}, learner={"updates_per_step": 1})
+    pool = [Task(f"t{i}", "q", ("a",), 1) for i in range(tasks)]
+    asked = [[requests(EchoEnvironment(), pool, config, step, attempt) for attempt in range(attempts)]
+             for step in range(1, steps + 1)]
+    stream = [request.task.task_id for step in asked for rollout in step for request in rollout]
+    for start in range(0, len(stream) - tasks + 1, tasks):
+        assert len(set(stream[start : start + tasks])) == tasks
+    for step in asked:
+        ids = [request.group_id for rollout in step for request in rollout]
+        assert len(set(ids)) == len(ids)
+
+
+class FakeRun:
+    """As much of `Components` as `roll_out` sees; `rewards`: of each attempt's groups."""
+
+    def __init__(self, rewards, count, **algorithm):
+        self.config = RunConfig(name="n", steps=1, model={"path": "m"}, rollout={"prompts_per_step": count},
+                                algorithm=algorithm, learner={"updates_per_step": 1})
+        self.environment, self.rewards, self.attempts = EchoEnvironment(), rewards, []
+        self.rollout = self.recorder = self
+
+    @contextmanager
+    def phase(self, name):
+        yield
+
+    def collect(self, prompts, step, attempt):
+        self.attempts.append(attempt)
+        groups = [group(p.group_id, r) for p, r in zip(prompts, self.rewards[attempt], strict=True)]
+        return groups, CollectStatistics(1, 1, 10, 0, 0, 2.0, 0.5)
+
+    def reward(self, groups):
+        return groups
+
+
+EQUAL, MIXED = [1.0, 1.0], [0.0, 1.0]
+
+
+@pytest.mark.parametrize(("rewards", "chosen", "attempts"), [
+    ([[MIXED, MIXED]], ["0", "1"], 1),
+    ([[EQUAL, MIXED], [MIXED, MIXED]], ["1", "2"], 2),
+    ([[EQUAL, MIXED], [EQUAL, EQUAL], [EQUAL, EQUAL]], ["1"], 3),
+    ([[EQUAL, EQUAL], [EQUAL, EQUAL], [EQUAL, EQUAL]], ["0", "1"], 3),
+])
+def test_dynamic_sampling_replaces_groups_that_teach_nothing(rewards, chosen, attempts):
+    run = FakeRun(rewards, 2, name="dapo", sampling_attempts=3)
+    groups, others, metrics = roll_out(run, 1)
+    assert [g.group_id for g in groups] == chosen
+    assert run.attempts == list(range(attempts)) and metrics["rollout/attempts"] == attempts
+    assert sorted([g.group_id for g in groups + others], key=int) == [str(i) for i in range(2 * attempts)]
+    assert metrics["rollout/tokens"] == 10 * attempts and metrics["rollout/tokens_per_s"] == 5
+    # The reported reward is that of all that was asked.
+    assert metrics["reward/mean"] == np.mean([r for rollout in rewards[:attempts] for g in rollout for r in g])
+
+
+def test_without_dynamic_sampling_every_group_is_kept():
+    groups, others, _ = roll_out(FakeRun([[EQUAL, MIXED]], 2, name="grpo"), 1)
+    assert [g.group_id for g in groups] == ["0", "1"] and not others

@@ -8,20 +8,26 @@ import numpy as np
 
 from megatron_pbsd.algorithms.advantages import group_relative
 from megatron_pbsd.algorithms.evidence import Evidence, turn_evidence
-from megatron_pbsd.algorithms.protocol import Credit, Outcome
+from megatron_pbsd.algorithms.protocol import Algorithm, Credit, Outcome, groups_of, rewards_of, uniform
 from megatron_pbsd.config import PBSDConfig
 
 
-class PBSD:
-    needs_teacher = True
+class PBSD(Algorithm):
+    needs = frozenset({"student", "teacher"})
+    ends_in_loss = True
 
     def __init__(self, config: PBSDConfig):
         self.config = config
 
+    def outcome_advantages(self, outcomes: Sequence[Outcome]) -> np.ndarray:
+        return group_relative(rewards_of(outcomes), groups_of(outcomes), self.config.normalise_std)
+
+    def begin(self, outcomes: Sequence[Outcome]) -> Credit:
+        return uniform(outcomes, self.outcome_advantages(outcomes))
+
     def assign(self, outcomes: Sequence[Outcome]) -> Credit:
         config = self.config
-        outcome_advantages = group_relative(
-            [o.reward for o in outcomes], [o.group_id for o in outcomes], config.normalise_std)
+        outcome_advantages = self.outcome_advantages(outcomes)
         evidences = [turn_evidence(o, config.exclude_answer_span) for o in outcomes]
         advantages, kept, clipped, spread = [], [], [], []
         for outcome, evidence, advantage in zip(outcomes, evidences, outcome_advantages, strict=True):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from megatron_pbsd.controller.runtime import Runtime
 
 if TYPE_CHECKING:
     from megatron_pbsd.learner.update import Update
+    from megatron_pbsd.losses import Loss
     from megatron_pbsd.resharding.manifest import WeightsManifest
 
 
@@ -35,8 +36,14 @@ class LearnerGroup(Group):
     def log_probs(self, batch: Batch) -> list[np.ndarray]:
         return self.call("log_probs", self._runtime.share(batch))[0]
 
-    def step(self, batch: Batch) -> Update:
-        return self.call("step", self._runtime.share(batch))[0]
+    def score(self, batch: Batch, outputs: Sequence[str]) -> dict[str, list[np.ndarray]]:
+        if list(outputs) == ["log_probs"]:
+            return {"log_probs": self.log_probs(batch)}
+        return self.call("score", self._runtime.share(batch), tuple(outputs))[0]
+
+    def step(self, batch: Batch, loss: Loss | None = None) -> Update:
+        """`loss`: what this step minimises; None for what the learner was built with."""
+        return self.call("step", self._runtime.share(batch), *([] if loss is None else [loss]))[0]
 
     def tensors(self) -> dict[str, tuple[str, tuple[int, ...]]]:
         return self.call("tensors")[0]

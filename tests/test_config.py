@@ -1,0 +1,53 @@
+"""Sections that depend on each other."""
+
+from __future__ import annotations
+
+import pytest
+from pydantic import ValidationError
+
+from megatron_pbsd.algorithms import ALGORITHMS
+from megatron_pbsd.config import DAPOConfig, GRPOConfig, PolicyLossConfig, PPOConfig, RunConfig
+
+MINIMAL = {"name": "n", "steps": 1, "model": {"path": "m"}}
+
+
+def algorithm(**section):
+    return RunConfig.model_validate({**MINIMAL, "algorithm": section}).algorithm
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_every_algorithm_can_be_asked_for_and_written_down(name):
+    config = algorithm(name=name)
+    assert config.name == name
+    assert algorithm(**config.model_dump(mode="json")) == config
+
+
+def test_a_loss_given_in_part_keeps_the_algorithms_own_defaults():
+    """`--algorithm.name gspo --algorithm.loss.entropy_coefficient 0.1` is still GSPO."""
+    plain, given = algorithm(name="gspo").loss, algorithm(name="gspo", loss={"entropy_coefficient": 0.1}).loss
+    assert given == plain.model_copy(update={"entropy_coefficient": 0.1})
+    assert (given.ratio, given.clip_low, given.reduction) == ("sequence", 3e-4, "trajectory")
+    assert algorithm(name="gspo", loss={"clip_low": 0.1}).loss.clip_high == 4e-4
+    assert algorithm(name="ppo", loss={"clip_low": 0.1}).loss.value is not None
+    # Neither another algorithm's nor a caller's own loss is touched.
+    assert algorithm(name="grpo", loss={"entropy_coefficient": 0.1}).loss == PolicyLossConfig(entropy_coefficient=0.1)
+    assert algorithm(name="gspo", loss=PolicyLossConfig(clip_low=0.3)).loss == PolicyLossConfig(clip_low=0.3)
+
+
+def test_a_value_head_is_for_ppo():
+    with pytest.raises(ValidationError, match="ppo needs a value head"):
+        PPOConfig(loss=PolicyLossConfig())
+    with pytest.raises(ValidationError, match="which grpo does not read"):
+        GRPOConfig(loss=PPOConfig().loss)
+
+
+def test_the_cache_of_the_length_punishment_fits():
+    with pytest.raises(ValidationError, match="at most 16"):
+        DAPOConfig(overlong_tokens=16, overlong_cache=17)
+
+
+def test_a_reference_needs_weights_to_load():
+    model = {"path": "m", "initial_weights": "random"}
+    with pytest.raises(ValidationError, match=r"algorithm.kl_penalty = 0.1 compares the policy"):
+        RunConfig.model_validate({**MINIMAL, "model": model, "algorithm": {"name": "reinforce_pp", "kl_penalty": 0.1}})
+    RunConfig.model_validate({**MINIMAL, "model": model, "algorithm": {"name": "reinforce_pp"}})
