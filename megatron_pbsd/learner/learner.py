@@ -65,7 +65,7 @@ class Learner:
         hf = read(model.path)
         self._family = family(hf)
         self._shapes = self._family.hf_tensors(hf)
-        self._cost = Cost.of(hf)
+        self._cost = Cost.of_model(hf)
         self.platform.prepare(rank)
         with self.platform.running():
             at = connect(self.platform, config.parallel, rank, rendezvous, config.deadline_s)
@@ -216,14 +216,19 @@ class Learner:
     def _micro_batches(self, batch: Batch, columns: Mapping[str, Sequence[np.ndarray]]) -> list[MicroBatch]:
         """This rank's share of the batch; every data-parallel rank has equally many."""
         parallel = self.config.parallel
+        shape = self._shape
+        # A row is rounded up once more than its sequences are: to what sequence parallelism divides.
+        budget = self.config.micro_batch_tokens * parallel.cp // shape.row_multiple * shape.row_multiple
         divided = plan(
-            [microbatch.positions(n) for n in batch.lengths], parallel.dp, self.config.micro_batch_tokens * parallel.cp,
-            self._cost, multiple=self._shape.granule, padded=not self._shape.packed,
-            micro_batch_multiple=parallel.pp if parallel.vpp > 1 else 1)
+            [microbatch.positions(n) for n in batch.lengths], parallel.dp, budget, self._cost,
+            multiple=shape.granule if shape.packed else shape.row_multiple, padded=not shape.packed,
+            micro_batch_multiple=parallel.pp if parallel.vpp > 1 else 1,
+            # Experts on other data-parallel ranks are waited for in every micro-batch.
+            synchronised=parallel.ep > 1)
         mine = divided.micro_batches[parallel_state.get_data_parallel_rank()]
         cp_rank = parallel_state.get_context_parallel_rank()
         experts = bool(self._routers) and self.config.moe.routing_replay and "routed_experts" in batch
-        return [microbatch.build(batch, part, columns, self._shape, cp_rank, experts) for part in mine]
+        return [microbatch.build(batch, part, columns, shape, cp_rank, experts) for part in mine]
 
     def _packed(self, micro: MicroBatch) -> PackedSeqParams | None:
         if micro.bounds is None:
