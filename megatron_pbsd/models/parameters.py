@@ -125,8 +125,3 @@ def local_experts(experts: int, parallel: ParallelConfig, ep: int) -> range:
 def local_shape(pieces: list[Piece]) -> tuple[int, ...]:
     """Shape of the parameter that these pieces tile."""
     return tuple(max(p.local_index[d].stop for p in pieces) for d in range(len(pieces[0].local_index)))
-
-
-def is_buffer(name: str) -> bool:
-    """Whether what Megatron-core calls `name` is a buffer, not a parameter: no gradient, and float32 always."""
-    return name.endswith(".router.expert_bias")

@@ -10,7 +10,7 @@ from tiny_models import tiny_config
 
 from megatron_pbsd.config import ParallelConfig
 from megatron_pbsd.models import family
-from megatron_pbsd.models.parameters import RankCoordinates, coordinates, is_buffer, local_shape
+from megatron_pbsd.models.parameters import RankCoordinates, coordinates, local_shape
 
 COORDINATES = [
     {"tp": 4}, {"tp": 1, "cp": 4}, {"tp": 1, "pp": 4, "vpp": 2}, {"tp": 1}, {"tp": 2, "cp": 2}, {"tp": 2, "pp": 2},
@@ -101,10 +101,8 @@ def build(rank, rendezvous, hf, parallel):
                 config=config, transformer_layer_spec=spec, vp_stage=stage,
                 pre_process=chunk == 0 and is_pipeline_first_stage(),
                 post_process=chunk == parallel.vpp - 1 and is_pipeline_last_stage(), **family(hf).gpt_model(hf))
-            kept = {name: tensor for name, tensor in model.state_dict().items() if tensor is not None
-                    and not name.endswith("_extra_state")}
-            assert set(kept) - dict(model.named_parameters()).keys() == {name for name in kept if is_buffer(name)}
-            found.append({name: tuple(tensor.shape) for name, tensor in kept.items()})
+            found.append({name: tuple(tensor.shape) for name, tensor in model.state_dict().items()
+                          if not name.endswith("_extra_state")})
         return found
 
 

@@ -14,7 +14,7 @@ from megatron_pbsd.config import ParallelConfig
 from megatron_pbsd.models import ModelError, family
 from megatron_pbsd.models.decoder import initial_value, kept_in_float32
 from megatron_pbsd.models.hf_config import read
-from megatron_pbsd.models.parameters import coordinates, is_buffer
+from megatron_pbsd.models.parameters import coordinates
 from megatron_pbsd.models.transformer_engine import parameter_names
 
 VARIANTS = [
@@ -226,10 +226,3 @@ def test_names_of_transformer_engine_modules():
         **{f"{sparse}.mlp.experts.local_experts.{i}.linear_fc{k}.weight": f"{sparse}.mlp.experts.linear_fc{k}.weight{i}"
            for i in range(4) for k in (1, 2)}}
     assert {old: new for old, new in changed.items() if old.startswith((dense, sparse))} == expected
-
-
-def test_score_biases_are_buffers():
-    hf, parallel = tiny_config("glm4_moe"), ParallelConfig(world_size=1, tp=1)
-    names = family(hf).pieces(hf, parallel, coordinates(parallel, 0), 0)
-    assert {name for name in names if is_buffer(name)} == {
-        f"decoder.layers.{i}.mlp.router.expert_bias" for i in (1, 2, 3)}
