@@ -111,7 +111,6 @@ def transformer_config(
             "moe_router_load_balancing_type": "aux_loss" if moe.aux_loss_coefficient else "none",
             "moe_aux_loss_coeff": moe.aux_loss_coefficient,
             "moe_router_bias_update_rate": moe.expert_bias_update_rate,
-            "moe_router_dtype": "fp32",
         }
     if parallel.vpp > 1:
         # Batched point-to-point messages are silently wrong with two interleaved stages.
@@ -175,6 +174,7 @@ def build_optimizer(
     adam, transformer = settings.optimizer, chunks[0].config
     distributed = (platform.distributed_optimizer if settings.distributed_optimizer is None
                    else settings.distributed_optimizer)
+    biases = [(router, router.expert_bias) for router in routers(chunks)]
     wrapped = [
         DistributedDataParallel(
             transformer,
@@ -182,6 +182,9 @@ def build_optimizer(
             Float16Module(transformer, chunk) if transformer.bf16 else chunk,
             disable_bucketing=i > 0)
         for i, chunk in enumerate(chunks)]
+    for router, bias in biases:
+        # Float16Module has replaced them by rounded copies.
+        router.expert_bias = bias
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
             optimizer="adam", lr=adam.lr, min_lr=adam.min_lr, weight_decay=adam.weight_decay, adam_beta1=adam.beta1,

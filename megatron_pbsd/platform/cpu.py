@@ -16,6 +16,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from megatron_pbsd.errors import PbsdError
+from megatron_pbsd.platform.gloo import gather_uneven, reduce_scatter_uneven
 
 if TYPE_CHECKING:
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
@@ -123,6 +124,9 @@ def _set_shards(optimizer: Any, model_param: torch.nn.Parameter, tensors: dict[s
         held[name].copy_(tensor)
 
 
+_UNEVEN = {"_gather_along_first_dim": gather_uneven, "_reduce_scatter_along_first_dim": reduce_scatter_uneven}
+
+
 def _set_rng_state(state: torch.Tensor, *args: Any, **kwargs: Any) -> None:
     torch.set_rng_state(state)
 
@@ -148,7 +152,7 @@ class Cpu:
         if installed != MEGATRON_VERSION:
             raise PlatformError(f"megatron-core {installed} is installed; the CPU platform needs {MEGATRON_VERSION}")
         from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-        from megatron.core.tensor_parallel import random
+        from megatron.core.tensor_parallel import mappings, random
         from megatron.core.transformer.moe import moe_utils, token_dispatcher
 
         require_symbols(torch.cuda, tuple(_CUDA_STAND_INS))
@@ -160,6 +164,10 @@ class Cpu:
             require_symbols(owner, tuple(replaced))
             for name, stand_in in replaced.items():
                 setattr(owner, name, stand_in)
+        require_symbols(mappings, tuple(_UNEVEN))
+        for name, wrapper in _UNEVEN.items():
+            if getattr(mappings, name).__module__ == mappings.__name__:
+                setattr(mappings, name, wrapper(getattr(mappings, name)))
         # Without Transformer Engine 0.16.1 leaves this name unbound, and the router reads it.
         if not hasattr(moe_utils, "te_general_gemm"):
             moe_utils.te_general_gemm = None

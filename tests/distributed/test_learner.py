@@ -9,7 +9,7 @@ from safetensors import safe_open
 
 from megatron_pbsd import losses
 from megatron_pbsd.batch import Batch
-from megatron_pbsd.config import LearnerConfig, ModelConfig, ParallelConfig, PolicyLossConfig, SFTConfig
+from megatron_pbsd.config import LearnerConfig, ModelConfig, MoEConfig, ParallelConfig, PolicyLossConfig, SFTConfig
 from megatron_pbsd.resharding.manifest import layout
 from megatron_pbsd.resharding.shared_memory import Segment, attach
 from tests.distributed.test_layouts import DENSE, LOSSES, MOE, ONE
@@ -161,6 +161,18 @@ def test_bfloat16_follows_float32(run, parallel):
     moved = [np.abs(found["after"][name] - found["before"][name]).mean() for name in wanted["after"]]
     expected = [np.abs(wanted["after"][name] - wanted["before"][name]).mean() for name in wanted["after"]]
     assert np.sum(moved) == pytest.approx(np.sum(expected), rel=0.2)
+
+
+def test_expert_bias_stays_float32_under_bfloat16(run, folders):
+    """Megatron-core would round it, and the learner would go on to publish what it no longer routes with."""
+    stored, rate = read_tensors(folders["glm"]), 1e-4
+    settings = but(precision="bfloat16", moe=MoEConfig(expert_bias_update_rate=rate))
+    found = run("glm", "sft", settings=settings)[0]
+    for name in (name for name in stored if name.endswith("e_score_correction_bias")):
+        np.testing.assert_array_equal(found["before"][name], stored[name])
+        moved = np.abs(found["after"][name] - stored[name]) / rate
+        np.testing.assert_allclose(moved, np.round(moved), atol=1e-2)
+        assert moved.max() == pytest.approx(2, abs=1e-2)
 
 
 def test_recomputation_runs_the_layers_again(ranks, folders):

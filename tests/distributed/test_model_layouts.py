@@ -80,7 +80,7 @@ def build(rank, rendezvous, hf, parallel):
     platform.prepare(rank)
     with platform.running(), world(rank, rendezvous, parallel):
         platform.seed(0)
-        flags = platform.transformer_flags(parallel.tp) | {"sequence_parallel": parallel.tp > 1}
+        flags = platform.transformer_flags() | {"sequence_parallel": parallel.tp > 1}
         config = TransformerConfig(
             **family(hf).transformer_config(hf) | {"activation_func": torch.nn.functional.silu} | flags,
             tensor_model_parallel_size=parallel.tp, pipeline_model_parallel_size=parallel.pp,

@@ -32,12 +32,3 @@ def test_another_megatron_version_is_refused(monkeypatch):
     monkeypatch.setattr(cpu, "version", lambda name: "0.17.0")
     with pytest.raises(cpu.PlatformError, match=r"megatron-core 0.17.0 is installed; .* needs 0.16.1"):
         cpu.Cpu().prepare(0)
-
-
-def test_transformer_engine_names_of_fused_norms():
-    names = {cuda.Cuda().parameter_name(f"decoder.layers.0.{n}.weight") for n in (
-        "input_layernorm", "pre_mlp_layernorm", "self_attention.q_layernorm", "mlp.linear_fc1")}
-    assert names == {
-        "decoder.layers.0.self_attention.linear_qkv.layer_norm_weight",
-        "decoder.layers.0.mlp.linear_fc1.layer_norm_weight",
-        "decoder.layers.0.self_attention.q_layernorm.weight", "decoder.layers.0.mlp.linear_fc1.weight"}
