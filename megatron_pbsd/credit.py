@@ -13,6 +13,7 @@ from megatron_pbsd import losses
 from megatron_pbsd.algorithms import Algorithm, Credit, Outcome, build_algorithm
 from megatron_pbsd.batch import Batch, from_trajectories
 from megatron_pbsd.config import LearnerConfig, RunConfig
+from megatron_pbsd.errors import UsageError
 from megatron_pbsd.learner.update import Update
 from megatron_pbsd.losses import Loss
 from megatron_pbsd.trajectory import Group, Trajectory, trajectories_of
@@ -87,7 +88,13 @@ def loss_of(config: RunConfig, on_policy: bool) -> Loss:
 
 
 def plan(algorithm: Algorithm, loss: Loss, on_policy: bool) -> Plan:
-    """The passes that `algorithm` and `loss` need between them. `loss` is the one for exactly on-policy data or not."""
+    """The passes that `algorithm` and `loss` need between them. `loss` is the one for exactly on-policy data or not.
+
+    UsageError when the loss trains a value head and the algorithm cannot tell what it should have said.
+    """
+    if "returns" in loss.fields and "values" not in algorithm.needs:
+        raise UsageError(f"loss {loss.name!r} trains a value head, which {type(algorithm).__name__} has no returns for: "
+                         "set algorithm.loss.value to null, or algorithm.name to 'ppo'")
     ends = "advantages" not in loss.fields or (on_policy and algorithm.ends_in_loss)
     deferred = ends and "student" in algorithm.needs
     wanted = {*loss.fields, *(NEEDED[need] for need in algorithm.needs if not (deferred and need == "student"))}

@@ -19,6 +19,7 @@ from megatron_pbsd.config import (
     ReinforcePPConfig,
     RLOOConfig,
 )
+from megatron_pbsd.errors import UsageError
 from megatron_pbsd.learner.update import Update
 from megatron_pbsd.losses import Loss
 from megatron_pbsd.trajectory import Group, Trajectory, Turn, VersionSpan
@@ -51,6 +52,11 @@ def test_passes(config, on_policy, fields, passes):
     plan = credit.plan(build_algorithm(config), loss(*fields), on_policy)
     assert plan.passes == passes
     assert (plan.loss is not None) == on_policy
+
+
+def test_a_value_head_that_nobody_has_returns_for_is_refused():
+    with pytest.raises(UsageError, match="GRPO has no returns"):
+        credit.plan(build_algorithm(GRPOConfig()), loss(*POLICY, "values", "returns"), on_policy=False)
 
 
 def turn(rng, version=3, tokens=None):
