@@ -93,8 +93,8 @@ def plan(algorithm: Algorithm, loss: Loss, on_policy: bool) -> Plan:
     UsageError when the loss trains a value head and the algorithm cannot tell what it should have said.
     """
     if "returns" in loss.fields and "values" not in algorithm.needs:
-        raise UsageError(f"loss {loss.name!r} trains a value head, which {type(algorithm).__name__} has no returns for: "
-                         "set algorithm.loss.value to null, or algorithm.name to 'ppo'")
+        raise UsageError(f"loss {loss.name!r} trains a value head, which {type(algorithm).__name__} has no returns "
+                         "for: set algorithm.loss.value to null, or algorithm.name to 'ppo'")
     ends = "advantages" not in loss.fields or (on_policy and algorithm.ends_in_loss)
     deferred = ends and "student" in algorithm.needs
     wanted = {*loss.fields, *(NEEDED[need] for need in algorithm.needs if not (deferred and need == "student"))}
