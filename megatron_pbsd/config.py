@@ -367,6 +367,8 @@ class PrivilegedConfig(PolicyGradientConfig):
     """Leave the final answer's text out of what the teacher says: it can copy it."""
     teacher_answer: Literal["verified", "shuffled", "neutral"] = "verified"
     """Controls: another prompt's answer, or neutral text of the same length."""
+    teacher_top: PositiveInt = 32
+    """K: how many of the teacher's likeliest tokens a loss compares with that reads them, such as `jsd`."""
 
 
 class DistillConfig(PrivilegedConfig):
