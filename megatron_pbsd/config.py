@@ -246,16 +246,6 @@ class PolicyGradientConfig(Section):
     loss: PolicyLoss = PolicyLossConfig()
     """The policy loss that the advantages weigh."""
 
-    @model_validator(mode="after")
-    def _value_head_is_trained_where_it_is_read(self) -> PolicyGradientConfig:
-        trained = self.loss.value is not None if isinstance(self.loss, PolicyLossConfig) else None
-        if trained is False and isinstance(self, PPOConfig):
-            raise ValueError("loss.value is null, but ppo needs a value head: give it, or another algorithm.name")
-        if trained is True and not isinstance(self, PPOConfig):
-            raise ValueError(f"loss.value trains a value head, which {self.name} does not read: set it to null, or "
-                             "algorithm.name to 'ppo'")
-        return self
-
 
 class GRPOConfig(PolicyGradientConfig):
     """Group-relative policy optimisation (arXiv 2402.03300): reward minus the mean of its own group."""
@@ -359,6 +349,12 @@ class PPOConfig(PenalisedConfig):
     loss: PolicyLoss = PolicyLossConfig(clip_high=0.2, value=ValueLossConfig())
     """The policy loss that the advantages weigh."""
 
+    @model_validator(mode="after")
+    def _value_head_is_trained(self) -> PPOConfig:
+        if isinstance(self.loss, PolicyLossConfig) and self.loss.value is None:
+            raise ValueError("loss.value is null, but ppo needs a value head: give it, or another algorithm.name")
+        return self
+
 
 class PrivilegedConfig(PolicyGradientConfig):
     """What the algorithms with a privileged teacher share: the policy itself, told the verified answer."""
@@ -367,6 +363,8 @@ class PrivilegedConfig(PolicyGradientConfig):
     """Leave the final answer's text out of what the teacher says: it can copy it."""
     teacher_answer: Literal["verified", "shuffled", "neutral"] = "verified"
     """Controls: another prompt's answer, or neutral text of the same length."""
+    teacher_top: PositiveInt = 32
+    """K: how many of the teacher's likeliest tokens a loss compares with that reads them, such as `jsd`."""
 
 
 class DistillConfig(PrivilegedConfig):

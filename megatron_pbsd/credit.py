@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Protocol
@@ -12,7 +12,8 @@ import numpy as np
 from megatron_pbsd import losses
 from megatron_pbsd.algorithms import Algorithm, Credit, Outcome, build_algorithm
 from megatron_pbsd.batch import Batch, from_trajectories
-from megatron_pbsd.config import LearnerConfig, RunConfig
+from megatron_pbsd.config import LearnerConfig, PrivilegedConfig, RunConfig
+from megatron_pbsd.errors import UsageError
 from megatron_pbsd.learner.update import Update
 from megatron_pbsd.losses import Loss
 from megatron_pbsd.trajectory import Group, Trajectory, trajectories_of
@@ -31,8 +32,14 @@ NEEDED = {"student": "old_log_probs", "teacher": "teacher_log_probs", "reference
           "values": "values"}
 """What an algorithm `needs` of an outcome → the batch field that holds it."""
 
-Score = Callable[[Batch, Sequence[str]], Mapping[str, list[np.ndarray]]]
-"""A batch and the outputs that are asked for → each output, [T_i, …] per sequence: `LearnerGroup.score`."""
+READ = ("tokens", "loss_mask", "routed_experts")
+"""What a forward pass reads of a batch, as far as the batch has it."""
+
+
+class Scorer(Protocol):
+    """The learner (`LearnerGroup`)."""
+
+    def score(self, batch: Batch, outputs: Sequence[str], top: int) -> Mapping[str, list[np.ndarray]]: ...
 
 
 class Reference(Protocol):
@@ -45,15 +52,18 @@ class Reference(Protocol):
 class Plan:
     """What a step computes before its update, and what the update minimises.
 
+    algorithm: None if the loss reads no credit.
     loss:      None is the learner's own, for data that may be of any policy.
     fields:    batch fields that forward passes before the update fill.
-    deferred:  the algorithm gets the student's log-probs from the update itself: the loss does without its answer.
+    deferred:  the algorithm only begins; the loss ends what it does with the log-probs of the update itself.
+    top:       how many of the teacher's likeliest tokens are asked for.
     """
 
-    algorithm: Algorithm
+    algorithm: Algorithm | None
     loss: Loss | None
     fields: tuple[str, ...]
-    deferred: bool
+    deferred: bool = False
+    top: int = 0
 
     @property
     def passes(self) -> dict[str, tuple[str, ...]]:
@@ -77,7 +87,8 @@ def plan_for(config: RunConfig, groups: Sequence[Group], version: int) -> Plan:
 
 
 def plan_of(config: RunConfig, on_policy: bool) -> Plan:
-    return plan(build_algorithm(config.algorithm), loss_of(config, on_policy), on_policy)
+    top = config.algorithm.teacher_top if isinstance(config.algorithm, PrivilegedConfig) else 0
+    return plan(build_algorithm(config.algorithm), loss_of(config, on_policy), on_policy, top)
 
 
 def loss_of(config: RunConfig, on_policy: bool) -> Loss:
@@ -86,28 +97,43 @@ def loss_of(config: RunConfig, on_policy: bool) -> Loss:
     return losses.build(config.algorithm if on_policy else config.algorithm.loss, on_policy, longest)
 
 
-def plan(algorithm: Algorithm, loss: Loss, on_policy: bool) -> Plan:
-    """The passes that `algorithm` and `loss` need between them. `loss` is the one for exactly on-policy data or not."""
-    ends = "advantages" not in loss.fields or (on_policy and algorithm.ends_in_loss)
-    deferred = ends and "student" in algorithm.needs
-    wanted = {*loss.fields, *(NEEDED[need] for need in algorithm.needs if not (deferred and need == "student"))}
-    return Plan(algorithm, loss if on_policy else None, tuple(name for name in SOURCES if name in wanted), deferred)
+def plan(algorithm: Algorithm, loss: Loss, on_policy: bool, top: int = 0) -> Plan:
+    """The passes that `algorithm` and `loss` need between them. `loss` is the one for exactly on-policy data or not.
+
+    UsageError when the loss reads what the algorithm does not provide.
+    """
+    if "returns" in loss.fields and "values" not in algorithm.needs:
+        raise UsageError(f"loss {loss.name!r} trains a value head, which {type(algorithm).__name__} has no returns "
+                         "for: set algorithm.loss.value to null, or algorithm.name to 'ppo'")
+    candidates = "teacher_top_tokens" in loss.fields
+    if candidates and not top:
+        raise UsageError(f"loss {loss.name!r} compares with the teacher's likeliest tokens, and "
+                         f"{type(algorithm).__name__} has no teacher: set algorithm.name to 'distill'")
+    credited = not {"advantages", "returns"}.isdisjoint(loss.fields)
+    deferred = credited and on_policy and algorithm.ends_in_loss
+    needs = algorithm.needs - {"student"} if deferred else algorithm.needs if credited else ()
+    wanted = {*loss.fields, *(NEEDED[need] for need in needs)}
+    return Plan(algorithm if credited else None, loss if on_policy else None,
+                tuple(name for name in SOURCES if name in wanted), deferred, top if candidates else 0)
 
 
-def prepare(plan: Plan, groups: Sequence[Group], score: Score, reference: Reference | None) -> tuple[Batch, Credit]:
+def prepare(plan: Plan, groups: Sequence[Group], learner: Scorer,
+            reference: Reference | None) -> tuple[Batch, Credit | None]:
     """The batch that the update reads, and the credit in it."""
     trajectories = trajectories_of(groups)
     batch = from_trajectories(trajectories).with_fields(
         reward=[np.float32(t.reward) for t in trajectories],
         group=[np.int64(i) for i, group in enumerate(groups) for _ in group.trajectories])
-    batch = scored(batch, plan, trajectories, score, reference)
+    batch = scored(batch, plan, trajectories, learner, reference)
+    if plan.algorithm is None:
+        return batch, None
     found = outcomes(trajectories, batch)
     credit = plan.algorithm.begin(found) if plan.deferred else plan.algorithm.assign(found)
     columns = {"advantages": credit.advantages} | ({"returns": credit.returns} if credit.returns is not None else {})
     return batch.with_fields(**{name: on_generated(batch, values) for name, values in columns.items()}), credit
 
 
-def scored(batch: Batch, plan: Plan, trajectories: Sequence[Trajectory], score: Score,
+def scored(batch: Batch, plan: Plan, trajectories: Sequence[Trajectory], learner: Scorer,
            reference: Reference | None) -> Batch:
     """`batch` with the plan's fields. What the learner computes of student and teacher is one call.
 
@@ -120,8 +146,9 @@ def scored(batch: Batch, plan: Plan, trajectories: Sequence[Trajectory], score: 
     results: dict[str, dict[str, list[np.ndarray]]] = {}
     if asked:
         joined = Batch({name: [row for model in asked for row in sequences[model][name]]
-                        for name in ("tokens", "loss_mask")})
-        outputs = score(joined, list(dict.fromkeys(output for model in asked for output in passes[model])))
+                        for name in READ if name in batch})
+        wanted = list(dict.fromkeys(output for model in asked for output in passes[model]))
+        outputs = learner.score(joined, wanted, plan.top)
         results = {model: {name: rows[i * batch.size : (i + 1) * batch.size] for name, rows in outputs.items()}
                    for i, model in enumerate(asked)}
     if "reference" in passes:
@@ -159,20 +186,19 @@ def outcomes(trajectories: Sequence[Trajectory], batch: Batch) -> list[Outcome]:
     ]
 
 
-def conclude(plan: Plan, groups: Sequence[Group], batch: Batch, credit: Credit, parts: Sequence[Sequence[int]],
+def conclude(plan: Plan, groups: Sequence[Group], batch: Batch, credit: Credit | None,
              updates: Sequence[Update]) -> tuple[list[Group], dict[str, float]]:
-    """The groups with what was found about each of their turns, and the algorithm's metrics.
-
-    parts: which trajectories each of the updates saw.
-    """
+    """The groups with what was found about each of their turns, and the algorithm's metrics."""
+    metrics = {"log_probs/sequences": float(len(plan.passes) * batch.size)}
+    if credit is None:
+        return list(groups), metrics
     trajectories = trajectories_of(groups)
     if plan.deferred:
-        student = {i: row for part, update in zip(parts, updates, strict=True)
-                   for i, row in zip(part, update.log_probs, strict=True)}
-        batch = batch.with_fields(old_log_probs=[student[i] for i in range(batch.size)])
+        # Exactly on-policy data are of one update, which saw the whole batch in its order.
+        (update,) = updates
+        batch = batch.with_fields(old_log_probs=update.log_probs)
+        credit = plan.algorithm.assign(outcomes(trajectories, batch))
     found = outcomes(trajectories, batch)
-    if plan.deferred:
-        credit = plan.algorithm.assign(found)
     annotated = iter([
         replace(
             trajectory,
@@ -182,7 +208,7 @@ def conclude(plan: Plan, groups: Sequence[Group], batch: Batch, credit: Credit, 
         for i, trajectory in enumerate(trajectories)
     ])
     groups = [replace(group, trajectories=tuple(islice(annotated, len(group.trajectories)))) for group in groups]
-    return groups, credit.metrics | {"log_probs/sequences": float(len(plan.passes) * batch.size)}
+    return groups, credit.metrics | metrics
 
 
 def turn_means(outcome: Outcome, advantages: np.ndarray) -> list[float]:

@@ -6,8 +6,9 @@ There is no data-loader state: a resumed run asks what the uninterrupted one wou
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
+from megatron_pbsd.batch import Batch
 from megatron_pbsd.config import PrivilegedConfig, RunConfig
 from megatron_pbsd.environments import Environment, Task
 from megatron_pbsd.rollout.coordinator import RolloutRequest
@@ -65,11 +66,13 @@ def disclosed_answers(environment: Environment, tasks: Sequence[Task], config: R
     return answers
 
 
-def mini_batches(groups: Sequence[Group], count: int) -> list[list[int]]:
-    """Deal whole groups to at most `count` optimizer steps: which trajectories each sees, counted over all groups."""
+def mini_batches(groups: Sequence[Group], batch: Batch, count: int) -> Iterator[Batch]:
+    """Deal whole groups to `count` optimizer steps; `batch` holds their trajectories in order."""
     members, start = [], 0
     for group in groups:
         members.append(range(start, start + len(group.trajectories)))
         start += len(group.trajectories)
-    dealt = [[i for member in members[k::count] for i in member] for k in range(count)]
-    return [part for part in dealt if part]
+    for k in range(count):
+        indices = [i for member in members[k::count] for i in member]
+        if indices:
+            yield batch.select(indices)

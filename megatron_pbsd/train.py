@@ -35,12 +35,12 @@ def train_with_rewards(run: Components) -> None:
         groups, others, metrics = roll_out(run, step)
         with recorder.phase("log_probs"):
             plan = credit.plan_for(config, groups, version=step - 1)
-            batch, credited = credit.prepare(plan, groups, run.learner.score, run.reference)
+            batch, credited = credit.prepare(plan, groups, run.learner, run.reference)
         with recorder.phase("train"):
-            parts = mini_batches(groups, config.learner.updates_per_step)
-            updates = [run.learner.step(batch.select(part), plan.loss) for part in parts]
+            parts = mini_batches(groups, batch, config.learner.updates_per_step)
+            updates = [run.learner.step(part, plan.loss) for part in parts]
             metrics |= summary.of_updates([update.metrics for update in updates])
-        groups, credit_metrics = credit.conclude(plan, groups, batch, credited, parts, updates)
+        groups, credit_metrics = credit.conclude(plan, groups, batch, credited, updates)
         recorder.trajectories(step, groups + others, run.environment.decode)
         finish(run, step, metrics | credit_metrics)
 

@@ -19,6 +19,7 @@ from megatron_pbsd.config import (
     ReinforcePPConfig,
     RLOOConfig,
 )
+from megatron_pbsd.errors import UsageError
 from megatron_pbsd.learner.update import Update
 from megatron_pbsd.losses import Loss
 from megatron_pbsd.trajectory import Group, Trajectory, Turn, VersionSpan
@@ -42,15 +43,23 @@ def loss(*fields: str) -> Loss:
     (PPOConfig(), True, (*POLICY, "values", "returns"), {"student": ("values",)}),
     (PPOConfig(), False, (*POLICY, "old_log_probs", "values", "returns"), {"student": ("log_probs", "values")}),
     (DistillConfig(), True, POLICY, {"student": ("log_probs",), "teacher": ("log_probs",)}),
-    # A loss that asks the teacher itself and no algorithm's advantages.
+    # Losses that ask the teacher themselves and read no algorithm's advantages.
     (DistillConfig(), True, ("teacher_top_tokens", "teacher_top_log_probs"),
-     {"teacher": ("log_probs", "top_tokens", "top_log_probs")}),
+     {"teacher": ("top_tokens", "top_log_probs")}),
+    (DistillConfig(), True, ("teacher_log_probs",), {"teacher": ("log_probs",)}),
     (GRPOConfig(), True, (*POLICY, "reference_log_probs"), {"reference": ("log_probs",)}),
 ])
 def test_passes(config, on_policy, fields, passes):
-    plan = credit.plan(build_algorithm(config), loss(*fields), on_policy)
+    plan = credit.plan(build_algorithm(config), loss(*fields), on_policy, top=2)
     assert plan.passes == passes
     assert (plan.loss is not None) == on_policy
+
+
+@pytest.mark.parametrize(("field", "message"), [
+    ("returns", "GRPO has no returns"), ("teacher_top_tokens", "GRPO has no teacher")])
+def test_what_the_algorithm_cannot_provide_is_refused(field, message):
+    with pytest.raises(UsageError, match=message):
+        credit.plan(build_algorithm(GRPOConfig()), loss(*POLICY, field), on_policy=False)
 
 
 def turn(rng, version=3, tokens=None):
@@ -84,13 +93,16 @@ class Model:
     def __init__(self):
         self.calls = []
 
-    def __call__(self, batch, outputs):
-        self.calls.append((batch.size, list(outputs)))
+    def score(self, batch, outputs, top):
+        self.calls.append((batch.size, list(outputs), top))
         rows = [np.array([number(t, i) for i in range(len(t))], np.float32) for t in batch["tokens"]]
         shaped = {"log_probs": rows, "values": [r * 2 for r in rows], "top_log_probs": [
             np.stack([r, r - 1], -1) for r in rows], "top_tokens": [
             np.stack([np.arange(len(r))] * 2, -1) for r in rows]}
         return {name: shaped[name] for name in outputs}
+
+class Frozen:
+    """Another model, as the reference is one."""
 
     def score(self, sequences):
         return [[np.array([number(t, i) for i in range(len(t))], np.float32) + 5 for t in sequences]]
@@ -111,9 +123,9 @@ def generated(trajectory):
 def test_everything_scored_lies_at_the_students_token(sizes, seed):
     groups, model = make_groups(sizes, seed), Model()
     fields = (*credit.SOURCES, "returns", "advantages")
-    plan = credit.plan(build_algorithm(PPOConfig(kl_penalty=0.1)), loss(*fields), on_policy=False)
-    batch, _ = credit.prepare(plan, groups, model, model)
-    assert model.calls == [(2 * sum(sizes), ["log_probs", "values", "top_tokens", "top_log_probs"])]
+    plan = credit.plan(build_algorithm(PPOConfig(kl_penalty=0.1)), loss(*fields), on_policy=False, top=2)
+    batch, _ = credit.prepare(plan, groups, model, Frozen())
+    assert model.calls == [(2 * sum(sizes), ["log_probs", "values", "top_tokens", "top_log_probs"], 2)]
     trajectories = [t for group in groups for t in group.trajectories]
     for i, trajectory in enumerate(trajectories):
         student = [*trajectory.prompt, *trajectory.continuation]
@@ -138,35 +150,29 @@ def test_deferring_the_student_changes_nothing_that_is_reported():
     groups, algorithm = make_groups([3, 2, 1], seed=7), build_algorithm(PBSDConfig(snr_gate=0.1))
     whole, early, model = credit.plan(algorithm, loss(*POLICY, "old_log_probs"), False), Model(), Model()
     batch, found = credit.prepare(whole, groups, early, None)
-    expected, metrics = credit.conclude(whole, groups, batch, found, [], [])
+    expected, metrics = credit.conclude(whole, groups, batch, found, [])
 
     deferred = credit.plan(algorithm, loss(*PBSD), True)
     lean, begun = credit.prepare(deferred, groups, model, None)
-    assert early.calls == [(12, ["log_probs"])] and model.calls == [(6, ["log_probs"])]
+    assert early.calls == [(12, ["log_probs"], 0)] and model.calls == [(6, ["log_probs"], 0)]
     assert "old_log_probs" not in lean
     outcome = build_algorithm(GRPOConfig()).assign(credit.outcomes([t for g in groups for t in g.trajectories], lean))
     for row, mask, advantage in zip(lean["advantages"], lean["loss_mask"], outcome.advantages, strict=True):
         np.testing.assert_array_equal(row[mask > 0], advantage)
 
     update = Update({}, batch["old_log_probs"])
-    got, reported = credit.conclude(deferred, groups, lean, begun, [range(6)], [update])
+    got, reported = credit.conclude(deferred, groups, lean, begun, [update])
     assert got == expected
     assert reported | {"log_probs/sequences": 12.0} == metrics
     assert reported["log_probs/sequences"] == 6.0
 
 
-def test_what_mini_batches_computed_is_put_back_in_order():
-    groups = make_groups([2, 1, 2], seed=3)
-    algorithm = build_algorithm(DistillConfig())
-    plan = credit.plan(algorithm, loss("teacher_top_tokens"), on_policy=False)
-    batch, begun = credit.prepare(plan, groups, Model(), None)
-    rows = Model()(batch, ["log_probs"])["log_probs"]
-    parts = [[0, 1, 3, 4], [2]]
-    updates = [Update({}, [rows[i] for i in part]) for part in parts]
-    _, metrics = credit.conclude(plan, groups, batch, begun, parts, updates)
-    taught = [(m > 0) & (a == 0) for m, a in zip(batch["loss_mask"], batch["answer_mask"], strict=True)]
-    gaps = [(row - t)[m] for row, t, m in zip(rows, batch["teacher_log_probs"], taught, strict=True)]
-    assert metrics["credit/kl_teacher"] == pytest.approx(np.concatenate(gaps).mean(), rel=1e-5)
+def test_a_loss_that_reads_no_credit_gets_none():
+    groups = make_groups([2, 1], seed=3)
+    plan = credit.plan(build_algorithm(DistillConfig()), loss("teacher_top_tokens"), on_policy=False, top=2)
+    batch, credited = credit.prepare(plan, groups, Model(), None)
+    assert credited is None and "advantages" not in batch
+    assert credit.conclude(plan, groups, batch, None, []) == (groups, {"log_probs/sequences": 3.0})
 
 
 def test_on_policy_is_read_off_the_tokens():

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, strategies as st
 from scripted_rollout import EchoEnvironment
 
+from megatron_pbsd.batch import Batch
 from megatron_pbsd.config import RunConfig
 from megatron_pbsd.environments import Task
 from megatron_pbsd.prompts import mini_batches, requests, tasks_between
@@ -26,15 +27,14 @@ def test_steps_read_on_where_the_last_one_stopped_and_each_epoch_asks_everything
 
 @given(st.lists(st.integers(1, 4), min_size=1, max_size=8), st.integers(1, 8))
 def test_mini_batches_hold_whole_groups_and_every_sequence_once(sizes, count):
-    groups, owner = [], []
-    for g, size in enumerate(sizes):
-        groups.append(group(g, [0.0] * size))
-        owner += [g] * size
-    parts = mini_batches(groups, count)
-    assert sorted(i for part in parts for i in part) == list(range(sum(sizes)))
+    groups = [group(g, [0.0] * size) for g, size in enumerate(sizes)]
+    tokens = [np.array([g, i]) for g, size in enumerate(sizes) for i in range(size)]
+    parts = list(mini_batches(groups, Batch({"tokens": tokens}), count))
+    seen = [tuple(t) for part in parts for t in part["tokens"]]
+    assert sorted(seen) == sorted(map(tuple, tokens))
     assert len(parts) == min(count, len(sizes))
     for part in parts:
-        inside = [owner[i] for i in part]
+        inside = [t[0] for t in part["tokens"]]
         assert all(inside.count(g) == sizes[g] for g in set(inside))
 
 

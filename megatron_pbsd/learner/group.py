@@ -36,10 +36,8 @@ class LearnerGroup(Group):
     def log_probs(self, batch: Batch) -> list[np.ndarray]:
         return self.call("log_probs", self._runtime.share(batch))[0]
 
-    def score(self, batch: Batch, outputs: Sequence[str]) -> dict[str, list[np.ndarray]]:
-        if list(outputs) == ["log_probs"]:
-            return {"log_probs": self.log_probs(batch)}
-        return self.call("score", self._runtime.share(batch), tuple(outputs))[0]
+    def score(self, batch: Batch, outputs: Sequence[str], top: int = 0) -> dict[str, list[np.ndarray]]:
+        return self.call("score", self._runtime.share(batch), tuple(outputs), top)[0]
 
     def step(self, batch: Batch, loss: Loss | None = None) -> Update:
         """`loss`: what this step minimises; None for what the learner was built with."""
