@@ -44,6 +44,7 @@ SCHEMA: dict[str, Field] = {
         Field("answer_mask", "float32", "token", 0, "zigzag", "1 inside the final answer's text"),
         Field("rollout_log_probs", "float32", "token", 0, "zigzag", "engine's log-prob when sampled (nats)"),
         Field("old_log_probs", "float32", "token", 0, "zigzag", "learner's log-prob before the update (nats)"),
+        Field("reference_log_probs", "float32", "token", 0, "zigzag", "log-prob under the frozen reference (nats)"),
         Field("teacher_log_probs", "float32", "token", 0, "zigzag", "same token, privileged prompt (nats)"),
         Field("teacher_top_tokens", "int64", "token", 0, "zigzag", "the teacher's likeliest tokens here, [K]", 1),
         Field("teacher_top_log_probs", "float32", "token", 0, "zigzag", "their log-probs (nats), [K]", 1),

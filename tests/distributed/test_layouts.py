@@ -16,6 +16,7 @@ from megatron_pbsd.config import (
     ParallelConfig,
     PolicyLossConfig,
     SFTConfig,
+    TokenTISConfig,
 )
 from megatron_pbsd.platform.cpu import Cpu
 from megatron_pbsd.resharding.manifest import layout
@@ -34,7 +35,7 @@ OPTIMIZER = OptimizerConfig(lr=1e-2, eps=1e-2, clip_grad=0.5, weight_decay=0.1, 
 LOSSES = {
     "sft": SFTConfig(),
     "policy": PolicyLossConfig(kl_coefficient=0.3, entropy_coefficient=0.05, clip_low=0.1, clip_high=0.1,
-                               mismatch_cap=1.2),
+                               mismatch=TokenTISConfig(cap=1.2)),
 }
 
 
