@@ -46,7 +46,6 @@ SQUARED = "loss/mismatch_weight_squared"
 SAMPLE_SIZE = "loss/mismatch_sample_size"
 
 
-@torch.no_grad()
 def correct(inputs: LossInputs, config: MismatchConfig) -> Correction:
     """Weights of the tokens; reads the field `rollout_log_probs`."""
     log_ratio = inputs["old_log_probs"] - inputs["rollout_log_probs"]

@@ -35,7 +35,6 @@ class _Redistributed:
         return replace(output, sums=output.sums | sums)
 
 
-@torch.no_grad()
 def token_multipliers(inputs: LossInputs, config: PBSDConfig) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Each token's multiplier m_k of `algorithms.pbsd.turn_multipliers`, float32 [N], and sums for metrics.
 

@@ -81,6 +81,15 @@ def test_each_token_gets_the_advantage_of_the_algorithm(name, seed, ranks):
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
 
 
+def test_ranks_that_hold_different_turns_agree_on_their_number():
+    world = make_world(0, True)
+    expected = advantages_of_the_algorithm(world, PBSDConfig())
+    owner = (world.inputs["turn_index"] > 1).long()
+    hook = redistributed(losses.Loss("kept", (), keep_advantages), PBSDConfig()).function
+    for rank, output in enumerate(over_context(hook, world.inputs, owner, 2)):
+        torch.testing.assert_close(output.sums["advantages"], expected[owner == rank], rtol=0, atol=1e-6)
+
+
 def test_each_sequence_alone_gets_the_same():
     world = make_world(0, True)
     expected = advantages_of_the_algorithm(world, PBSDConfig())
