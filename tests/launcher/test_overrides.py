@@ -83,9 +83,9 @@ def test_another_algorithm_drops_the_keys_of_the_files_own(load, problems):
 
 
 def test_sections_inside_sections_have_default_variants_too(load, problems):
-    text = MINIMAL + "algorithm: {loss: {ratio: sequence, mismatch: {cap: 3}, value: {clip: null}}}\n"
+    text = MINIMAL + "algorithm: {loss: {ratio: sequence, mismatch: {cap: 3}}}\n"
     loss = load(text).algorithm.loss
-    assert (loss.clip_low, loss.clip_high, loss.mismatch.cap, loss.value.clip) == (3e-4, 4e-4, 3, None)
+    assert (loss.clip_low, loss.clip_high, loss.mismatch.cap) == (3e-4, 4e-4, 3)
     loss = load(text, "--algorithm.loss.mismatch.name", "icepop", "--algorithm.loss.mismatch.low=0.1").algorithm.loss
     assert loss.mismatch == IcePopConfig(low=0.1)
     assert load(yaml.safe_dump(load(text).model_dump(mode="json"))) == load(text)
