@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from launcher.explain import conflict, explain, locate, shown
-from launcher.schema import did_you_mean
+from launcher.schema import did_you_mean, models_of, tag_of
 from launcher.sources import ConfigError, KeyPath, Problem, Settings, apply_overrides, read_yaml
 from megatron_pbsd.config import ModelConfig, ParallelConfig, RunConfig
 
@@ -28,7 +28,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), check_model: bo
     """
     settings = read_yaml(Path(path))
     apply_overrides(settings, overrides)
-    _default_variants(settings.values)
+    _default_variants(settings.values, RunConfig)
     problems = list(settings.problems)
     config: RunConfig | None = None
     bad: list[KeyPath] = [tuple(p.key.split(".")) for p in problems if p.key]
@@ -49,11 +49,17 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), check_model: bo
     return config
 
 
-def _default_variants(values: dict[str, Any]) -> None:
+def _default_variants(values: dict[str, Any], section: type[BaseModel]) -> None:
     """A union's section that does not name its variant means the default one, like every other missing key."""
-    for key, field in RunConfig.model_fields.items():
-        if field.discriminator and isinstance(section := values.get(key), dict):
-            section.setdefault(field.discriminator, getattr(field.default, field.discriminator))
+    for key, field in section.model_fields.items():
+        if not isinstance(inner := values.get(key), dict):
+            continue
+        variants = models_of(field.annotation)
+        if tag := field.discriminator:
+            chosen = inner.setdefault(tag, getattr(field.default, tag))
+            variants = [model for model in variants if tag_of(model, tag) == chosen]
+        for model in variants:
+            _default_variants(inner, model)
 
 
 class _Lenient(RunConfig):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import yaml
+from pydantic.fields import FieldInfo
 
 from launcher.schema import fields_at, models_of, tag_of
 from megatron_pbsd.errors import UsageError
@@ -178,5 +179,15 @@ def _switch_variant(settings: Settings, path: KeyPath, value: Any) -> None:
     variants = {tag_of(model, key): model for model in models_of(unions[0].annotation)}
     previous = values.get(key, getattr(unions[0].default, key, None))
     if previous in variants and value in variants:
-        for name in set(variants[previous].model_fields) - set(variants[value].model_fields):
-            values.pop(name, None)
+        before, after = variants[previous].model_fields, variants[value].model_fields
+        for name in before:
+            if name not in after or not _is_variant(values.get(name), before[name], after[name]):
+                values.pop(name, None)
+
+
+def _is_variant(section: Any, before: FieldInfo, after: FieldInfo) -> bool:
+    """Whether a section that was a variant of one union is one of the other too; true for anything else."""
+    if not (isinstance(section, dict) and before.discriminator and before.discriminator == after.discriminator):
+        return True
+    tag = section.get(before.discriminator, getattr(before.default, before.discriminator))
+    return tag in [tag_of(model, after.discriminator) for model in models_of(after.annotation)]

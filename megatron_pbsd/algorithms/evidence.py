@@ -1,6 +1,6 @@
 """Turn-level evidence for the verified answer (docs/pbsd.md, 'Evidence').
 
-    e_k = sum over tokens t of turn k of  log pi_teacher(y_t) - log pi_student(y_t)
+    e_k = sum over tokens t of turn k of  delta_t = log pi_teacher(y_t) - log pi_student(y_t)
 
 Summed over a whole trajectory this is `log p(a*|x, trajectory) - log p(a*|x)`: by how much the trajectory makes the
 verified answer likelier. Partial sums are the same ratio for the prefix.
@@ -17,15 +17,28 @@ from megatron_pbsd.algorithms.protocol import Outcome
 
 @dataclass(frozen=True)
 class Evidence:
-    """turns: float64 [K], e_k (nats). tokens: int64 [K], scored tokens n_k. spread: std of the token terms."""
+    """Sums over the tokens of each of K turns: of one trajectory, or of several along the leading dimensions `…`.
+
+    turns:      float64 […, K], e_k (nats).
+    tokens:     […, K], scored tokens n_k.
+    generated:  […, K], tokens of the turn, scored or not.
+    squares:    float64 […], sum of delta² over the trajectory's scored tokens.
+    """
 
     turns: np.ndarray
     tokens: np.ndarray
-    spread: float
+    generated: np.ndarray
+    squares: np.ndarray
+
+    @property
+    def spread(self) -> np.ndarray:
+        """Standard deviation of the trajectory's token terms, […]; 0 without scored tokens."""
+        n = np.maximum(self.tokens.sum(-1), 1)
+        return np.sqrt(np.maximum(self.squares / n - (self.turns.sum(-1) / n) ** 2, 0))
 
 
 def turn_evidence(outcome: Outcome, exclude_answer_span: bool) -> Evidence:
-    """Evidence of each turn. A turn without scored tokens has evidence 0 and n_k = 0."""
+    """Evidence of each turn of one trajectory. A turn without scored tokens has evidence 0 and n_k = 0."""
     if outcome.student is None or outcome.teacher is None:
         raise ValueError("turn evidence needs the log-probs of student and teacher; the algorithm must list them in "
                          "`needs`")
@@ -35,5 +48,6 @@ def turn_evidence(outcome: Outcome, exclude_answer_span: bool) -> Evidence:
     return Evidence(
         turns=np.bincount(turn, weights=delta, minlength=outcome.turns),
         tokens=np.bincount(turn, minlength=outcome.turns),
-        spread=float(delta.std()) if len(delta) else 0.0,
+        generated=np.bincount(outcome.turn_index, minlength=outcome.turns),
+        squares=np.square(delta).sum(),
     )

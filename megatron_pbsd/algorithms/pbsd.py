@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -29,25 +30,42 @@ class PBSD(Algorithm):
         config = self.config
         outcome_advantages = self.outcome_advantages(outcomes)
         evidences = [turn_evidence(o, config.exclude_answer_span) for o in outcomes]
-        advantages, kept, clipped, spread = [], [], [], []
-        for outcome, evidence, advantage in zip(outcomes, evidences, outcome_advantages, strict=True):
-            centred, passed = centred_evidence(evidence, config.normalise_length, config.snr_gate)
-            raw = np.exp(np.sign(advantage) * np.where(passed, centred, 0.0) / config.temperature)
-            bounded = np.clip(raw, 1 - config.epsilon, 1 + config.epsilon)
-            tokens = np.bincount(outcome.turn_index, minlength=outcome.turns)
-            multipliers = bounded / (np.average(bounded, weights=tokens) if outcome.turns else 1.0)
-            advantages.append((advantage * multipliers)[outcome.turn_index].astype(np.float32))
-            kept.extend(passed)
-            clipped.extend(raw != bounded)
-            spread.extend(abs(multipliers - 1))
+        multipliers = [turn_multipliers(e, a, config) for e, a in zip(evidences, outcome_advantages, strict=True)]
+        advantages = [
+            (advantage * m.values)[outcome.turn_index].astype(np.float32)
+            for outcome, m, advantage in zip(outcomes, multipliers, outcome_advantages, strict=True)]
         return Credit(advantages, [e.turns for e in evidences], {
             "credit/evidence_per_token": _mean([e.turns.sum() / max(e.tokens.sum(), 1) for e in evidences]),
             "credit/evidence_solved": _mean([e.turns.sum() for e, a in zip(evidences, outcome_advantages) if a > 0]),
             "credit/evidence_failed": _mean([e.turns.sum() for e, a in zip(evidences, outcome_advantages) if a < 0]),
-            "credit/snr_kept": _mean(kept),
-            "credit/clip_fraction": _mean(clipped),
-            "credit/multiplier_deviation": _mean(spread),
+            "credit/snr_kept": _mean([kept for m in multipliers for kept in m.passed]),
+            "credit/clip_fraction": _mean([clipped for m in multipliers for clipped in m.clipped]),
+            "credit/multiplier_deviation": _mean([abs(value - 1) for m in multipliers for value in m.values]),
         })
+
+
+@dataclass(frozen=True)
+class Multipliers:
+    """By turn, […, K]. values: float64, what the outcome advantage is multiplied by; their mean over the trajectory's
+    tokens is 1. passed: bool, the SNR gate let the turn's evidence through. clipped: bool, epsilon bounds it."""
+
+    values: np.ndarray
+    passed: np.ndarray
+    clipped: np.ndarray
+
+
+def turn_multipliers(evidence: Evidence, advantage: np.ndarray | float, config: PBSDConfig) -> Multipliers:
+    """From evidence to multipliers (docs/pbsd.md, 'From evidence to advantages'), here and nowhere else.
+
+    `advantage` […] is the outcome advantage of each trajectory, of which only the sign counts. A trajectory may have
+    turns without tokens, such as padding to K.
+    """
+    centred, passed = centred_evidence(evidence, config.normalise_length, config.snr_gate)
+    raw = np.exp(np.sign(advantage)[..., None] * np.where(passed, centred, 0.0) / config.temperature)
+    bounded = np.clip(raw, 1 - config.epsilon, 1 + config.epsilon)
+    tokens = np.maximum(evidence.generated.sum(-1, keepdims=True), 1)
+    mean = (bounded * evidence.generated).sum(-1, keepdims=True) / tokens
+    return Multipliers(bounded / np.where(mean > 0, mean, 1.0), passed, raw != bounded)
 
 
 def centred_evidence(evidence: Evidence, normalise_length: bool, snr_gate: float) -> tuple[np.ndarray, np.ndarray]:
@@ -57,14 +75,13 @@ def centred_evidence(evidence: Evidence, normalise_length: bool, snr_gate: float
     per token minus the trajectory's mean per token, else the sum minus what n_k average tokens would have summed to.
     A turn passes the gate if |c_k| exceeds `snr_gate` standard errors of that quantity.
 
-    Returns (c [K] float64, passed [K] bool). Turns without scored tokens have c = 0 and do not pass.
+    Returns (c […, K] float64, passed […, K] bool). Turns without scored tokens have c = 0 and do not pass.
     """
     n = evidence.tokens
-    if n.sum() == 0:
-        return np.zeros(len(n)), np.zeros(len(n), bool)
-    centred_sum = evidence.turns - n * (evidence.turns.sum() / n.sum())
+    per_token = evidence.turns.sum(-1, keepdims=True) / np.maximum(n.sum(-1, keepdims=True), 1)
+    centred_sum = evidence.turns - n * per_token
     scale = np.maximum(n, 1) if normalise_length else 1.0
-    noise = evidence.spread * np.sqrt(n) / scale
+    noise = np.asarray(evidence.spread)[..., None] * np.sqrt(n) / scale
     centred = centred_sum / scale
     return centred, (n > 0) & (abs(centred) > snr_gate * noise)
 

@@ -8,7 +8,17 @@ from typing import Literal
 
 import torch
 
-Reduction = Literal["token", "turn", "trajectory", "group", "constant"]
+from megatron_pbsd.losses.errors import LossError
+
+
+@dataclass(frozen=True)
+class Constant:
+    """The reduction that divides the sum over tokens by the number of sequences times `tokens`."""
+
+    tokens: int
+
+
+Reduction = Literal["token", "turn", "trajectory", "group"] | Constant
 Output = Literal["values", "candidates"]
 
 
@@ -28,7 +38,8 @@ class LossInputs:
                  are repeated for each of its tokens.
     values:      the value head's estimate before the token, with gradient, if the loss asks for it.
     candidate_log_probs:  [N, K], of the tokens in `fields["teacher_top_tokens"]`, with gradient, if asked for.
-    over_context:  sums a tensor over context-parallel ranks, in the forward and in the backward pass.
+    over_context:  sums a tensor over context-parallel ranks, in the forward and in the backward pass; every rank
+                 must call it equally often, with equal shapes.
     """
 
     log_probs: torch.Tensor
@@ -42,12 +53,21 @@ class LossInputs:
     over_context: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor
 
     def __getitem__(self, name: str) -> torch.Tensor:
+        """A declared field. LossError for any other."""
+        if name not in self.fields:
+            raise LossError(f"the loss reads the field {name!r}, which it does not declare; it declares "
+                            f"{', '.join(map(repr, self.fields)) or 'none'}")
         return self.fields[name]
 
     def over_sequence(self, per_token: torch.Tensor) -> torch.Tensor:
-        """Sum of [N] over each whole sequence, [sequences]; differentiable."""
-        sums = per_token.new_zeros(self.sequences).index_add(0, self.sequence, per_token)
+        """Sum of [N, …] over each whole sequence, [sequences, …]; differentiable."""
+        sums = per_token.new_zeros(self.sequences, *per_token.shape[1:]).index_add(0, self.sequence, per_token)
         return self.over_context(sums)
+
+    def sequence_mean(self, per_token: torch.Tensor) -> torch.Tensor:
+        """Mean of [N] over each whole sequence, [sequences], 0 for one without tokens; differentiable."""
+        total, count = self.over_sequence(torch.stack([per_token, torch.ones_like(per_token)], -1)).unbind(-1)
+        return total / count.clamp(min=1)
 
 
 @dataclass(frozen=True)
@@ -65,9 +85,13 @@ class LossOutput:
 
 @dataclass(frozen=True)
 class Loss:
-    """fields:     columns of the batch that the function reads besides tokens and loss_mask.
+    """What the learner minimises. It can be pickled.
+
+    fields:     columns of the batch that the function reads besides tokens and loss_mask.
     reduction:  over what token losses are averaged; see `losses.reduction`.
     outputs:    what the model must compute besides log-probabilities and entropy.
+    summary:    from the global batch's means and maxima to the metrics to report: for what is no mean of tokens,
+                such as an effective sample size.
     """
 
     name: str
@@ -75,3 +99,4 @@ class Loss:
     function: Callable[[LossInputs], LossOutput]
     reduction: Reduction = "token"
     outputs: tuple[Output, ...] = ()
+    summary: Callable[[dict[str, float]], dict[str, float]] = dict

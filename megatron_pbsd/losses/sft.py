@@ -6,6 +6,6 @@ from megatron_pbsd.losses.inputs import LossInputs, LossOutput
 
 
 def sft_loss(inputs: LossInputs) -> LossOutput:
-    """Weighted mean negative log-likelihood (nats per token)."""
+    """-log pi per token (nats); mean over tokens unless configured otherwise."""
     loss = -(inputs.log_probs * inputs.weights).sum()
     return LossOutput(loss, {"loss/total": loss.detach(), "loss/entropy": inputs.entropy.detach().sum()})

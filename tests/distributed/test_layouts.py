@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_pbsd.config import LearnerConfig, ParallelConfig, PolicyLossConfig, SFTConfig
+from megatron_pbsd.config import LearnerConfig, ParallelConfig, PolicyLossConfig, SFTConfig, TokenTISConfig
 from tests.distributed.training import BUDGET, OPTIMIZER, assert_same_run, train
 
 ONE = ParallelConfig(world_size=1, tp=1)
@@ -29,7 +29,8 @@ MOE = {
     "pp2ep2": ParallelConfig(world_size=4, tp=1, pp=2, ep=2),
     "cp2ep2": ParallelConfig(world_size=4, tp=1, cp=2, ep=2),
 }
-POLICY = PolicyLossConfig(kl_coefficient=0.3, entropy_coefficient=0.05, clip_low=0.1, clip_high=0.1, mismatch_cap=1.2)
+POLICY = PolicyLossConfig(kl_coefficient=0.3, entropy_coefficient=0.05, clip_low=0.1, clip_high=0.1,
+                          mismatch=TokenTISConfig(cap=1.2))
 LOSSES = {
     "sft": SFTConfig(),
     "grpo": POLICY,

@@ -12,7 +12,7 @@ from hypothesis import given, strategies as st
 from launcher.overrides import load_config
 from launcher.schema import describe, fields_at, known_keys
 from launcher.sources import ConfigError
-from megatron_pbsd.config import GRPOConfig, PBSDConfig, RunConfig
+from megatron_pbsd.config import CustomLossConfig, GRPOConfig, IcePopConfig, PBSDConfig, RunConfig, SFTConfig
 
 MINIMAL = "name: test\nsteps: 3\nmodel: {path: models/none}\n"
 
@@ -77,6 +77,25 @@ def test_another_algorithm_drops_the_keys_of_the_files_own(load, problems):
     assert isinstance(load(MINIMAL, "--algorithm.epsilon", "0.2").algorithm, PBSDConfig)
     found = problems(text, "--algorithm.name", "grpo", "--algorithm.epsilon", "0.1")
     assert "is a key of 'pbsd', not of 'grpo'" in found["algorithm.epsilon"]
+    assert load(text, "--algorithm.name", "sft").algorithm == SFTConfig()
+    text = MINIMAL + "algorithm: {loss: {name: custom, file: a.py}}\n"
+    assert load(text, "--algorithm.name", "sft").algorithm.loss == CustomLossConfig(file="a.py")
+
+
+def test_sections_inside_sections_have_default_variants_too(load, problems):
+    text = MINIMAL + "algorithm: {loss: {ratio: sequence, mismatch: {cap: 3}}}\n"
+    loss = load(text).algorithm.loss
+    assert (loss.clip_low, loss.clip_high, loss.mismatch.cap) == (3e-4, 4e-4, 3)
+    loss = load(text, "--algorithm.loss.mismatch.name", "icepop", "--algorithm.loss.mismatch.low=0.1").algorithm.loss
+    assert loss.mismatch == IcePopConfig(low=0.1)
+    assert load(yaml.safe_dump(load(text).model_dump(mode="json"))) == load(text)
+    found = problems(text, "--algorithm.loss.mismatch.low=0.1", "--algorithm.loss.clip_hi", "3")
+    assert "'icepop'" in found["algorithm.loss.mismatch.low"]
+    assert "did you mean 'clip_high'" in found["algorithm.loss.clip_hi"]
+    found = problems(text, "--algorithm.loss.objective", "cispo", "--algorithm.loss.dual_clip", "3")
+    assert "has no effect with objective = 'cispo'" in found["algorithm.loss"]
+    found = problems(text, "--algorithm.loss.name", "costom")
+    assert "did you mean 'custom'" in found["algorithm.loss"]
 
 
 def test_every_problem_is_reported_at_once(problems):
