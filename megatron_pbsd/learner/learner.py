@@ -117,15 +117,17 @@ class Learner:
             found["top_tokens"] = [pair[:, top:].astype(np.int64) for pair in pairs]
         return {name: found[name] for name in outputs} if self.rank == 0 else None
 
-    def step(self, batch: Batch) -> Update:
-        """One optimizer step over the whole batch.
+    def step(self, batch: Batch, loss: Loss | None = None) -> Update:
+        """One optimizer step over the whole batch; `loss` instead of the learner's own, which it must not ask more of
+        the model than.
 
         LearnerError when the loss or the gradient is not finite.
         """
-        missing = [name for name in ("loss_mask", *self.loss.fields) if name not in batch]
+        loss = loss or self.loss
+        missing = [name for name in ("loss_mask", *loss.fields) if name not in batch]
         if missing:
-            raise LearnerError(f"loss {self.loss.name!r} needs the batch fields {missing}, which the batch lacks")
-        columns = fields.per_token(batch, self.loss.fields) | {WEIGHTS: token_weights(batch, self.loss.reduction)}
+            raise LearnerError(f"loss {loss.name!r} needs the batch fields {missing}, which the batch lacks")
+        columns = fields.per_token(batch, loss.fields) | {WEIGHTS: token_weights(batch, loss.reduction)}
         kept = TokenTable(batch, 1, self.device)
         self._train(True)
         for router in self._routers:
@@ -135,9 +137,9 @@ class Learner:
                 chunk.zero_grad_buffer()
             self._optimizer.zero_grad()
             outputs = self._schedule(
-                batch, columns, partial(self._loss, kept), forward_only=False,
-                values="values" in self.loss.outputs, candidates="candidates" in self.loss.outputs)
-            found = metrics.reduce(outputs, self._routers)
+                batch, columns, partial(self._loss, loss, kept), forward_only=False,
+                values="values" in loss.outputs, candidates="candidates" in loss.outputs)
+            found = loss.summary(metrics.reduce(outputs, self._routers))
             self._scheduler.step(1)
             _, grad_norm, _ = self._optimizer.step()
             log_probs = kept.collect()
@@ -253,20 +255,20 @@ class Learner:
                 experts.reshape(-1, *experts.shape[2:]).astype(np.int64)))
 
     def _loss(
-        self, kept: TokenTable, micro: MicroBatch, answers: torch.Tensor
+        self, loss: Loss, kept: TokenTable, micro: MicroBatch, answers: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, tuple[int, LossOutput]]:
         kept.put(micro, answers[:1].detach())
         asked = {name: self._tensor(column) for name, column in micro.fields.items()}
-        first_candidate = 2 + ("values" in self.loss.outputs)
-        output = self.loss.function(LossInputs(
+        first_candidate = 2 + ("values" in loss.outputs)
+        output = loss.function(LossInputs(
             log_probs=answers[0],
             entropy=answers[1],
             weights=asked.pop(WEIGHTS),
             sequence=self._tensor(micro.sequence),
             sequences=len(micro.sequences),
             fields=asked,
-            values=answers[2] if "values" in self.loss.outputs else None,
-            candidate_log_probs=answers[first_candidate:].T if "candidates" in self.loss.outputs else None,
+            values=answers[2] if "values" in loss.outputs else None,
+            candidate_log_probs=answers[first_candidate:].T if "candidates" in loss.outputs else None,
             over_context=partial(sum_over, group=parallel_state.get_context_parallel_group())))
         count = len(micro.targets)
         return output.loss, torch.tensor(count, dtype=torch.int32, device=self.device), (count, output)
