@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_pbsd.config import LearnerConfig, ParallelConfig, PolicyLossConfig, SFTConfig, TokenTISConfig
+from megatron_pbsd.config import (
+    LearnerConfig,
+    ParallelConfig,
+    PBSDConfig,
+    PolicyLossConfig,
+    SequenceTISConfig,
+    SFTConfig,
+    TokenTISConfig,
+)
 from tests.distributed.training import BUDGET, OPTIMIZER, assert_same_run, train
 
 ONE = ParallelConfig(world_size=1, tp=1)
@@ -34,6 +42,9 @@ POLICY = PolicyLossConfig(kl_coefficient=0.3, entropy_coefficient=0.05, clip_low
 LOSSES = {
     "sft": SFTConfig(),
     "grpo": POLICY,
+    "gspo": PolicyLossConfig(ratio="sequence", reduction="trajectory", clip_low=0.2, clip_high=0.2,
+                             mismatch=SequenceTISConfig(cap=1.1)),
+    "pbsd": PBSDConfig(snr_gate=0.1, loss=PolicyLossConfig(reduction="turn")),
 }
 
 

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megatron_pbsd.platform import cpu, cuda
+from megatron_pbsd.platform import cpu
 
 
 def test_stand_ins_are_taken_away_again():
