@@ -42,7 +42,7 @@ def explain(detail: ErrorDetails, settings: Settings) -> list[Problem]:
             source = settings.source(path[:-1]) if len(path) > 1 else ""
         case "union_tag_invalid":
             tag = str(detail["ctx"]["discriminator"]).strip("'")
-            choices = [tag_of(m, tag) for f in fields_at(path) for m in models_of(f.annotation)]
+            choices = re.findall("'([^']*)'", detail["ctx"]["expected_tags"])
             given = given[tag]
             setting = f"{dotted}.{tag} = {shown(given)}"
             source = settings.source((*path, tag))

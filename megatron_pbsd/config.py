@@ -394,6 +394,8 @@ class CustomLossConfig(Section):
 
 
 PolicyLoss = Annotated[PolicyLossConfig | CustomLossConfig, Field(discriminator="name")]
+TeacherLoss = Annotated[PolicyLossConfig | ReverseKLLossConfig | JSDLossConfig | CustomLossConfig,
+                        Field(discriminator="name")]
 SupervisedLoss = Annotated[SFTLossConfig | CustomLossConfig, Field(discriminator="name")]
 
 
@@ -465,7 +467,7 @@ class CISPOConfig(GRPOConfig):
 
     name: Literal["cispo"] = "cispo"
     """Selects this algorithm."""
-    loss: PolicyLoss = PolicyLossConfig(objective="cispo", clip_low=1.0)
+    loss: PolicyLoss = PolicyLossConfig(objective="cispo", clip_low=1.0, reduction="group")
     """The policy loss that the advantages weigh."""
 
 
@@ -541,6 +543,16 @@ class DistillConfig(PrivilegedConfig):
     """Weight of the group-relative outcome advantage A (GRPO's); 0 learns from the teacher alone."""
     normalise_std: bool = True
     """Divide the outcome advantage by the group's standard deviation."""
+    loss: TeacherLoss = PolicyLossConfig()
+    """`policy` weighs log-probs by A_t. `reverse_kl` and `jsd` compare every generated token with the teacher
+    themselves, and read neither A_t nor any other key of this section but teacher_answer and teacher_top."""
+
+    @model_validator(mode="after")
+    def _outcome_is_read(self) -> DistillConfig:
+        if self.outcome_weight and self.loss.name in ("reverse_kl", "jsd"):
+            raise ValueError(f"outcome_weight = {self.outcome_weight:g} has no effect with loss.name = "
+                             f"{self.loss.name!r}; set it to 0, or loss.name to 'policy'")
+        return self
 
 
 class PBSDConfig(PrivilegedConfig):
@@ -665,11 +677,14 @@ class RunConfig(Section):
             problems.append(
                 f"learner.updates_per_step = {self.learner.updates_per_step} exceeds rollout.prompts_per_step = "
                 f"{self.rollout.prompts_per_step}: a mini-batch needs at least one group")
-        penalty = self.algorithm.kl_penalty if isinstance(self.algorithm, PenalisedConfig) else 0.0
-        if penalty and self.model is not None and self.model.initial_weights == "random":
-            problems.append(
-                f"algorithm.kl_penalty = {penalty:g} compares the policy with the model in model.path, from which "
-                "model.initial_weights = 'random' does not start it: set the penalty to 0, or the weights to 'load'")
+        if self.model is not None and self.model.initial_weights == "random":
+            reason = ("compares the policy with the model in model.path, from which model.initial_weights = 'random' "
+                      "does not start it: set that to 'load', or this to")
+            algorithm = self.algorithm
+            if isinstance(algorithm, PenalisedConfig) and algorithm.kl_penalty:
+                problems.append(f"algorithm.kl_penalty = {algorithm.kl_penalty:g} {reason} 0")
+            if isinstance(algorithm.loss, PolicyLossConfig) and algorithm.loss.kl_reference == "reference":
+                problems.append(f"algorithm.loss.kl_reference = 'reference' {reason} 'old'")
         return problems
 
     @model_validator(mode="after")

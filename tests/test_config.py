@@ -48,4 +48,14 @@ def test_a_reference_needs_weights_to_load():
     model = {"path": "m", "initial_weights": "random"}
     with pytest.raises(ValidationError, match=r"algorithm.kl_penalty = 0.1 compares the policy"):
         RunConfig.model_validate({**MINIMAL, "model": model, "algorithm": {"name": "reinforce_pp", "kl_penalty": 0.1}})
+    with pytest.raises(ValidationError, match=r"algorithm.loss.kl_reference = 'reference' compares the policy"):
+        RunConfig.model_validate({**MINIMAL, "model": model, "algorithm": {"loss": {"kl_reference": "reference"}}})
     RunConfig.model_validate({**MINIMAL, "model": model, "algorithm": {"name": "reinforce_pp"}})
+
+
+def test_distillation_has_losses_of_its_own():
+    assert algorithm(name="distill", loss={"name": "jsd", "beta": 0.1}).loss.beta == 0.1
+    with pytest.raises(ValidationError, match="outcome_weight = 0.5 has no effect with loss.name = 'jsd'"):
+        algorithm(name="distill", outcome_weight=0.5, loss={"name": "jsd"})
+    with pytest.raises(ValidationError, match="'policy', 'custom'"):
+        algorithm(name="grpo", loss={"name": "jsd"})

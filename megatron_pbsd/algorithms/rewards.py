@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from megatron_pbsd.algorithms.protocol import Need, Outcome
+from megatron_pbsd.kl import k1
 
 
 def overlong_penalty(tokens: int, longest: int, cache: int) -> float:
@@ -24,7 +25,7 @@ def kl_needs(kl_penalty: float) -> frozenset[Need]:
 def token_rewards(outcome: Outcome, reward: float, kl_penalty: float) -> np.ndarray:
     """Rewards of generated tokens, float64 [n]: `-kl_penalty (log pi_old - log pi_reference)` at each, and the outcome
     reward at the last (arXiv 2203.02155, section 3.5; REINFORCE++, arXiv 2501.03262, eq. 8 and 9)."""
-    rewards = -kl_penalty * log_ratio(outcome) if kl_penalty else np.zeros(outcome.tokens)
+    rewards = -kl_penalty * k1(log_ratio(outcome)) if kl_penalty else np.zeros(outcome.tokens)
     rewards[-1:] += reward
     return rewards
 
@@ -33,7 +34,7 @@ def kl_metrics(outcomes: Sequence[Outcome], kl_penalty: float) -> dict[str, floa
     """credit/kl_reference: mean over tokens of log pi_old - log pi_reference (nats), where it is penalised."""
     if not kl_penalty:
         return {}
-    return {"credit/kl_reference": float(np.concatenate([log_ratio(o) for o in outcomes]).mean())}
+    return {"credit/kl_reference": float(k1(np.concatenate([log_ratio(o) for o in outcomes])).mean())}
 
 
 def log_ratio(outcome: Outcome) -> np.ndarray:
