@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from launcher.bench.balance import first_fit_decreasing, karmarkar_karp
+from launcher.bench.balance import first_fit_decreasing, karmarkar_karp, reasoning
 from megatron_pbsd.learner.balance import measure, plan
 from megatron_pbsd.learner.cost import Cost
 from megatron_pbsd.learner.errors import LearnerError
 
 COSTS = st.sampled_from([Cost(1.0, 0.0), Cost(1.0, 0.05), Cost(0.0, 1.0)])
+# Attention costs as much as everything else at 16384 positions.
+LONG_CONTEXT = Cost(16384.0, 1.0)
 LENGTHS = st.lists(st.integers(0, 60), min_size=1, max_size=40)
 
 
@@ -96,6 +98,38 @@ def test_the_other_objective_is_minimised_when_ranks_wait_for_each_other(lengths
     waiting = plan(lengths, ranks, budget, cost, synchronised=True)
     assert waiting.synchronised_makespan <= free.synchronised_makespan * (1 + 1e-9)
 
+
+@pytest.mark.parametrize("padded, slack", [(False, 1.0003), (True, 1.03)])
+def test_long_tails_are_balanced_almost_to_the_bound(padded, slack):
+    lengths = reasoning(np.random.default_rng(0), 16 * 16).tolist()
+    free = plan(lengths, 16, 32768, LONG_CONTEXT, padded=padded)
+    waiting = plan(lengths, 16, 32768, LONG_CONTEXT, padded=padded, synchronised=True)
+    assert free.makespan <= slack * free.bound and free.padding_waste <= 0.02
+    assert free.makespan < waiting.makespan
+    assert waiting.synchronised_makespan < 0.97 * free.synchronised_makespan
+    if padded:  # rectangles in order of cost: no arrangement of them waits less
+        assert (waiting.costs[:, :-1].min(axis=0) >= waiting.costs[:, 1:].max(axis=0)).all()
+
+
+def least_synchronised_makespan(lengths, budget, cost):
+    """Of two ranks with two micro-batches each, by trying everything."""
+    choices = np.array(list(product(range(4), repeat=len(lengths))))[:, :, None] == np.arange(4)
+    positions, costs = (choices * lengths[:, None]).sum(axis=1), (choices * cost(lengths)[:, None]).sum(axis=1)
+    steps = costs.reshape(-1, 2, 2).max(axis=2).sum(axis=1)
+    return steps[(positions <= budget).all(axis=1)].min()
+
+
+@pytest.mark.parametrize("synchronised, mean, most", [(False, 1.05, 1.2), (True, 1.015, 1.1)])
+def test_micro_batches_are_aligned_nearly_as_well_as_can_be(synchronised, mean, most):
+    ratios, cost = [], Cost(50.0, 1.0)
+    for seed in range(40):
+        lengths = np.clip(np.random.default_rng(seed).lognormal(3, 0.8, 7), 2, 100).astype(int)
+        budget = max(int(lengths.max()), int(lengths.sum() / 2.6))
+        made = plan(lengths.tolist(), 2, budget, cost, synchronised=synchronised)
+        if made.costs.shape[1] == 2:
+            ratios.append(made.synchronised_makespan / least_synchronised_makespan(lengths.astype(float), budget, cost))
+    assert len(ratios) > 30 and min(ratios) >= 1 - 1e-9
+    assert np.mean(ratios) <= mean and max(ratios) <= most
 
 def test_ranks_are_balanced_by_cost_not_by_tokens():
     # Quadratic: 4 positions cost as much as 16 single ones, of which tokens alone would give the rank six more.
