@@ -72,7 +72,9 @@ def plan(
     synchronised:  minimise the synchronised makespan rather than the makespan.
 
     Unless `synchronised`, the makespan is never larger than with Karmarkar-Karp on positions or first-fit-decreasing,
-    and packed at most 4/3 - 1/(3 ranks) of the optimum. The same lengths in another order give the same plan up to their names.
+    and packed at most 4/3 - 1/(3 ranks) of the optimum. The same lengths in another order give the same plan up to
+    their names.
+
     LearnerError when there is no sequence, or one is longer than the budget.
     """
     order = np.argsort(-np.asarray(lengths, dtype=np.int64), kind="stable")
@@ -81,9 +83,9 @@ def plan(
         raise LearnerError("a batch without sequences cannot be divided into micro-batches")
     if widths[0] > budget:
         raise LearnerError(
-            f"learner.micro_batch_tokens = {budget} (over all context-parallel ranks) is less than the {widths[0]} "
-            f"positions of the longest sequence ({lengths[order[0]]}, padded to a multiple of {multiple}); "
-            f"set it to at least {widths[0]}")
+            f"learner.micro_batch_tokens * learner.parallel.cp = {budget} is less than the {widths[0]} positions of "
+            f"the longest sequence ({lengths[order[0]]}, padded to a multiple of {multiple}); it must be at least "
+            f"{widths[0]}")
     divide = in_rectangles if padded else end_to_end
     found = divide(widths, cost(widths.astype(float)), ranks, budget, micro_batch_multiple, synchronised)
     named = [[sorted(order[part].tolist()) for part in rank] for rank in found]

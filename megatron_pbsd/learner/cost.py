@@ -27,7 +27,7 @@ class Cost:
         return self.linear * positions + self.quadratic * positions * positions
 
     @classmethod
-    def of_model(cls, hf: Mapping[str, Any], predicted: float = 1.0) -> Cost:
+    def of(cls, hf: Mapping[str, Any], predicted: float = 1.0) -> Cost:
         """From a Hugging Face config: decoders with (grouped-query) causal attention over the whole sequence and gated
         MLPs, dense or with experts. KeyError naming the field that is missing.
 

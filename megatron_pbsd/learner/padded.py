@@ -79,7 +79,7 @@ def _neighbours(
 ) -> Option:
     """The sorted batch is cut into rectangles, which go to any rank."""
     everything, most = range(len(widths)), ranks * count
-    low, high = float(costs.sum()) / most, float(costs.sum())
+    low, high = float(costs.sum()) / most, float(_values(cut(everything, widths, costs, budget), costs).max())
     while high > 1.001 * low:
         middle = (low * high) ** 0.5
         if len(cut(everything, widths, costs, budget, middle)) <= most:

@@ -74,7 +74,7 @@ def differencing(values: np.ndarray, parts: int) -> Groups:
         united = _united(*sorted((one, other), key=len), parts)
         smallest = united[0][0] if len(united) == parts else 0.0
         heapq.heappush(states, (smallest - united[-1][0], made, united))
-    groups = [sorted(group) for _, group in states[0][2]]
+    groups = [sorted(group) for *_, united in states for _, group in united]
     return groups + [[] for _ in range(parts - len(groups))]
 
 
