@@ -65,7 +65,7 @@ class Learner:
         hf = read(model.path)
         self._family = family(hf)
         self._shapes = self._family.hf_tensors(hf)
-        self._cost = Cost.of_model(hf)
+        self._cost = Cost.of(hf)
         self.platform.prepare(rank)
         with self.platform.running():
             at = connect(self.platform, config.parallel, rank, rendezvous, config.deadline_s)
