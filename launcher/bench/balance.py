@@ -2,8 +2,8 @@
 
 Lengths are drawn from three assumed distributions, 32 sequences per rank; costs are of Qwen3-30B-A3B:
 
-chat       lognormal, median 400, sigma 0.9, between 16 and 4096: many short conversations, few long ones; 8192 positions
-           per micro-batch.
+chat       lognormal, median 400, sigma 0.9, between 16 and 4096: many short conversations, few long ones; 8192
+           positions per micro-batch.
 reasoning  groups of 8 responses to a prompt: lognormal, median 6000, sigma 0.7 between prompts and 0.5 within a group,
            since a hard problem is long for all; those cut off at 32768 pile up there; 32768 per micro-batch.
 agentic    groups of 8 trajectories over a prompt of 2000 tokens: a geometric number of turns, at most 40, whose rate is
