@@ -1,9 +1,9 @@
 """How well a batch is divided over ranks and micro-batches, against Karmarkar-Karp and first-fit on tokens.
 
-Lengths are drawn, and costs are of Qwen3-30B-A3B. Three distributions, 32 sequences per rank:
+Lengths are drawn from three assumed distributions, 32 sequences per rank; costs are of Qwen3-30B-A3B:
 
-chat       lognormal, median 400, sigma 0.9, between 16 and 4096; 8192 positions per micro-batch. Lengths of human
-           conversations are lognormal to a good approximation.
+chat       lognormal, median 400, sigma 0.9, between 16 and 4096: many short conversations, few long ones; 8192
+           positions per micro-batch.
 reasoning  groups of 8 responses to a prompt: lognormal, median 6000, sigma 0.7 between prompts and 0.5 within a group,
            since a hard problem is long for all; those cut off at 32768 pile up there; 32768 per micro-batch.
 agentic    groups of 8 trajectories over a prompt of 2000 tokens: a geometric number of turns, at most 40, whose rate is
@@ -11,8 +11,8 @@ agentic    groups of 8 trajectories over a prompt of 2000 tokens: a geometric nu
            off at 65536; 65536 per micro-batch.
 
 Every row is a mean over seeds. `makespan` and `synchronised` (see `learner/balance.py`) are over the bound that no plan
-can be below; `waste` is the share of positions that are padding; `seconds` is planning. Both baselines are free to
-order a rank's micro-batches, which they do by tokens.
+can be below; `waste` is the share of positions that are padding; `seconds` are of the processor, for planning. The
+baselines order a rank's micro-batches by tokens.
 """
 
 from __future__ import annotations
@@ -96,9 +96,9 @@ def compare(lengths: np.ndarray, ranks: int, budget: int, cost: Cost, padded: bo
     }
     results = {}
     for name, method in methods.items():
-        started = time.perf_counter()
+        started = time.process_time()
         micro_batches = method()
-        seconds = time.perf_counter() - started
+        seconds = time.process_time() - started
         made = measure(micro_batches, lengths, cost, padded=padded)
         results[name] = {
             "makespan": made.makespan / made.bound, "synchronised": made.synchronised_makespan / made.bound,

@@ -8,6 +8,7 @@ that allows, with few micro-batches.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -73,7 +74,7 @@ def plan(
 
     Unless `synchronised`, the makespan is never larger than with Karmarkar-Karp on positions or first-fit-decreasing,
     and packed at most 4/3 - 1/(3 ranks) of the optimum. The same lengths in another order give the same plan up to
-    their names.
+    their names, and every rank may plan for itself: all processors give the same.
 
     LearnerError when there is no sequence, or one is longer than the budget.
     """
@@ -87,7 +88,7 @@ def plan(
             f"the longest sequence ({lengths[order[0]]}, padded to a multiple of {multiple}); it must be at least "
             f"{widths[0]}")
     divide = in_rectangles if padded else end_to_end
-    found = divide(widths, cost(widths.astype(float)), ranks, budget, micro_batch_multiple, synchronised)
+    found = divide(widths, exact(cost(widths.astype(float))), ranks, budget, micro_batch_multiple, synchronised)
     named = [[sorted(order[part].tolist()) for part in rank] for rank in found]
     return measure(named, lengths, cost, multiple=multiple, padded=padded)
 
@@ -95,6 +96,13 @@ def plan(
 def padded_widths(lengths: Sequence[int], multiple: int) -> np.ndarray:
     """int64 [sequences]: positions of each by itself, padded to `multiple`."""
     return -(-np.maximum(np.asarray(lengths, dtype=np.int64), 1) // multiple) * multiple
+
+
+def exact(costs: np.ndarray) -> np.ndarray:
+    """In units so small that whole numbers are precise, yet n times the largest is below 2^53: sums of those are exact
+    and so do not depend on their order, which is the processor's."""
+    _, exponent = math.frexp(len(costs) * float(costs.max()))
+    return np.rint(np.ldexp(costs, 52 - exponent))
 
 
 def measure(

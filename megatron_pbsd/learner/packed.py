@@ -14,7 +14,7 @@ import numpy as np
 
 from megatron_pbsd.learner.partition import Groups, dealt, differencing, largest_sum, levelled, longest_first, refine
 
-LEVELS = tuple(np.linspace(0, 1, 11))
+LEVELS = tuple(step / 10 for step in range(11))
 # Trying a level takes far longer where a sequence may go to any rank.
 FEW_LEVELS = (0.0, 0.5, 0.8)
 

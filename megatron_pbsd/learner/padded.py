@@ -6,24 +6,17 @@ A rectangle is a list of sequences, the longest first, and costs as much as that
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from megatron_pbsd.learner.partition import (
-    Groups,
-    dealt,
-    differencing,
-    largest_sum,
-    levelled,
-    longest_first,
-    refine,
-)
+from megatron_pbsd.learner.partition import Groups, dealt, differencing, largest_sum, levelled, longest_first, refine
 
 # A rectangle may cost so many times what it must if all are to cost alike: larger ones leave ranks with a very long
 # sequence fewer micro-batches to fill.
-CAPS = (*np.geomspace(1, 3, 12), np.inf)
+CAPS = (*(1 + step / 6 for step in range(12)), math.inf)
 # One more micro-batch has to lower the objective to this share.
 WORTH_A_MICRO_BATCH = 0.99
 
@@ -60,7 +53,7 @@ def in_rectangles(
 
 
 def cut(
-    sequences: Sequence[int], widths: np.ndarray, costs: np.ndarray, budget: int, cap: float = np.inf
+    sequences: Sequence[int], widths: np.ndarray, costs: np.ndarray, budget: int, cap: float = math.inf
 ) -> Groups:
     """Neighbours in length form a rectangle within the budget and, unless it is a single row, of at most cost `cap`."""
     rectangles, start = [], 0
@@ -81,7 +74,7 @@ def _neighbours(
     everything, most = range(len(widths)), ranks * count
     low, high = float(costs.sum()) / most, float(_values(cut(everything, widths, costs, budget), costs).max())
     while high > 1.001 * low:
-        middle = (low * high) ** 0.5
+        middle = math.sqrt(low * high)
         if len(cut(everything, widths, costs, budget, middle)) <= most:
             high = middle
         else:
@@ -117,7 +110,7 @@ def _ranks_first(widths: np.ndarray, costs: np.ndarray, ranks: int, budget: int,
     ends = np.cumsum([len(own) for own in by_rank]).tolist()
     groups = [list(range(end - len(own), end)) for end, own in zip(ends, by_rank, strict=True)]
     rectangles = [rectangle for own in by_rank for rectangle in own]
-    return _improved(Option(np.inf, rectangles, groups, count), costs)
+    return _improved(Option(math.inf, rectangles, groups, count), costs)
 
 
 def _improved(option: Option, costs: np.ndarray) -> Option:

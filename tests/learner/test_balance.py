@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from launcher.bench.balance import first_fit_decreasing, karmarkar_karp, reasoning
-from megatron_pbsd.learner.balance import measure, plan
+from megatron_pbsd.learner.balance import exact, measure, plan
 from megatron_pbsd.learner.cost import Cost
 from megatron_pbsd.learner.errors import LearnerError
 
@@ -130,6 +130,16 @@ def test_micro_batches_are_aligned_nearly_as_well_as_can_be(synchronised, mean, 
             ratios.append(made.synchronised_makespan / least_synchronised_makespan(lengths.astype(float), budget, cost))
     assert len(ratios) > 30 and min(ratios) >= 1 - 1e-9
     assert np.mean(ratios) <= mean and max(ratios) <= most
+
+@given(lengths=st.lists(st.integers(1, 10**6), min_size=1, max_size=50), seed=st.integers(0, 99))
+def test_sums_of_exact_costs_do_not_depend_on_their_order(lengths, seed):
+    costs = Cost(1.8e10, 1.2e6 / 7)(np.array(lengths, dtype=float))
+    whole = exact(costs)
+    assert whole / whole.max() == pytest.approx(costs / costs.max(), rel=1e-6, abs=1e-12)
+    # Up to as many rows as there are sequences, each padded to the longest.
+    rows = np.random.default_rng(seed).choice([*whole, whole.max()], len(lengths))
+    assert float(np.add.accumulate(rows)[-1]) == float(np.add.accumulate(rows[::-1])[-1]) == sum(map(int, rows))
+
 
 def test_ranks_are_balanced_by_cost_not_by_tokens():
     # Quadratic: 4 positions cost as much as 16 single ones, of which tokens alone would give the rank six more.
