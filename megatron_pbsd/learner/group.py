@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from megatron_pbsd.resharding.manifest import WeightsManifest
 
 
-LAST_WORD_S = 5.0
+LAST_WORD_S = 8.0
 """Ranks whose phase outlasts its deadline say which of them is at fault, which the driver cannot: it waits for that."""
 
 

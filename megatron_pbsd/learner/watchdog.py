@@ -27,8 +27,8 @@ from megatron_pbsd.controller.failures import PeersHung
 from megatron_pbsd.learner.connections import Connections
 from megatron_pbsd.learner.hang import Answer, Frame, LearnerHung, Report, Silence, Verdict, judge, ranks_text
 
-ANSWER_S = 2.0
-"""A live rank answers within milliseconds; one that has not by now cannot run Python."""
+ANSWER_S = 3.0
+"""A live rank answers within milliseconds, on a crowded machine later; one that has not by now cannot run Python."""
 ASKED_AT_A_TIME = 32
 
 
@@ -74,13 +74,12 @@ class Watchdog:
     store:  the ranks' common store, for `init_process_group(store=...)`.
     """
 
-    def __init__(self, rank: int, deadline_s: float, host: str):
-        self.rank, self._deadline_s = rank, deadline_s
+    def __init__(self, rank: int, deadline_s: float, host: str, store: dist.Store, connections: Connections):
+        self.rank, self.store, self._deadline_s, self._connections = rank, store, deadline_s, connections
         self._thread = threading.get_ident()
         self._listener = socket.create_server((host, 0), backlog=1024)
         self._stacks = os.memfd_create(f"stacks of rank {rank}")
         self.address = Address(host, self._listener.getsockname()[1], socket.gethostname(), os.getpid(), self._stacks)
-        self._connections = Connections(spared=self.address.port)
         self._addresses: dict[int, Address] = {rank: self.address}
         self._phases: list[Phase] = []
         self._ends: float | None = None
@@ -98,29 +97,36 @@ class Watchdog:
         LearnerHung names those that have not arrived in time.
         """
         host, port = rendezvous.removeprefix("tcp://").rsplit(":", 1)
-        began = time.monotonic()
-        watchdog = cls(rank, deadline_s, _own_address(host, int(port)))
-        keys = [f"watchdog/{r}" for r in range(world_size)]
-        # Until the store is there, only rank 0 can be missing.
-        missing = [0]
+        connections, ends = Connections(), time.monotonic() + deadline_s
+        watchdog, missing, cause = None, [0], None
         try:
-            watchdog.store = dist.TCPStore(
+            # Before anything else takes a port: this one was free a moment ago.
+            store = dist.TCPStore(
                 host, int(port), world_size, rank == 0, timedelta(seconds=deadline_s), wait_for_workers=False)
-            watchdog.store.set(keys[rank], watchdog.address.encode())
-            try:
-                watchdog.store.wait(keys, timedelta(seconds=max(0.001, began + deadline_s - time.monotonic())))
-            except dist.DistStoreError:
-                missing = [r for r, key in enumerate(keys) if not watchdog.store.check([key])]
-                raise
-            watchdog._addresses = {
-                r: Address.decode(text.decode()) for r, text in enumerate(watchdog.store.multi_get(keys))}
+            watchdog = cls(rank, deadline_s, _own_address(host, int(port)), store, connections)
+            missing = watchdog._meet(world_size, ends)
         except dist.DistError as error:
-            watchdog.close()
-            if rank in missing:
+            # The store is rank 0's.
+            if rank == 0:
                 raise
-            raise LearnerHung(rank, "join", deadline_s, time.monotonic() - began, Verdict(
-                tuple(missing), f"{ranks_text(missing)} did not arrive at {rendezvous}, or left it")) from error
-        return watchdog
+            cause = error
+        if not missing:
+            return watchdog
+        if watchdog is not None:
+            watchdog.close()
+        raise LearnerHung(rank, "join", deadline_s, time.monotonic() - ends + deadline_s, Verdict(
+            tuple(missing), f"{ranks_text(missing)} did not arrive at {rendezvous}, or left it")) from cause
+
+    def _meet(self, world_size: int, ends: float) -> list[int]:
+        """Learn where the others answer; the ranks that have not come by `ends`."""
+        keys = [f"watchdog/{rank}" for rank in range(world_size)]
+        self.store.set(keys[self.rank], self.address.encode())
+        try:
+            self.store.wait(keys, timedelta(seconds=max(0.001, ends - time.monotonic())))
+        except dist.DistStoreError:
+            return [rank for rank, key in enumerate(keys) if not self.store.check([key])]
+        self._addresses = {rank: Address.decode(t.decode()) for rank, t in enumerate(self.store.multi_get(keys))}
+        return []
 
     @contextmanager
     def connecting(self) -> Iterator[None]:
@@ -223,7 +229,7 @@ class Watchdog:
                 if verdict.behind:
                     phase.hung = self._hung(phase, verdict)
                     # Ranks that wait for this one, and not for the one at fault, learn of it so.
-                    self._connections.break_off()
+                    self._connections.break_off(spared=self.address.port)
         if phase.hung is not None:
             raise phase.hung from cause
 
@@ -246,7 +252,7 @@ class Watchdog:
                     continue
                 phase.hung = self._hung(phase, judge(self.rank, self._ask_all()))
             print(phase.hung, file=sys.stderr, flush=True)
-            self._connections.break_off()
+            self._connections.break_off(spared=self.address.port)
 
     def _answer(self) -> None:
         """Tell whoever connects where this rank is."""

@@ -6,10 +6,12 @@ import ctypes
 import inspect
 import os
 import signal
+import threading
 import time
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 
 import numpy as np
 import pytest
@@ -81,7 +83,19 @@ def hang(pipe):
 
 
 def release(pipe):
-    open(pipe, "w").close()
+    os.close(os.open(pipe, os.O_WRONLY | os.O_NONBLOCK))
+
+
+def wait_until(condition, watchdog, rank):
+    """Before a deadline runs: another rank has come to where the test wants it."""
+    from megatron_pbsd.learner.watchdog import ask
+
+    while not condition(ask(watchdog._addresses[rank])):
+        threading.Event().wait(0.02)
+
+
+def hangs(answer):
+    return any(frame.function == "hang" for frame in answer.stack)
 
 
 @pytest.fixture
@@ -138,6 +152,8 @@ def hangs_before(rank, rendezvous, kind, pipe):
         collect("all_reduce", group, rank)
 
         def run():
+            if rank == 0:
+                wait_until(hangs, watchdog, 1)
             with watchdog.phase("step/forward_backward", DEADLINE_S):
                 watchdog.mark(f"micro-batch {rank + 1}/8 forward")
                 if rank == 1:
@@ -192,9 +208,13 @@ def test_a_rank_that_dies_is_named_before_any_deadline(mortals, victim, how):
 
 
 def keeps_the_interpreter(rank, rendezvous):
+    from megatron_pbsd.learner.hang import Silence
+
     watchdog, group = enter(rank, rendezvous, 2)
 
     def run():
+        if rank == 0:
+            wait_until(lambda answer: isinstance(answer, Silence), watchdog, 1)
         with watchdog.phase("step", DEADLINE_S):
             if rank == 1:
                 ctypes.PyDLL(None).pause()  # without giving up the interpreter's lock
@@ -211,13 +231,11 @@ def test_a_rank_stuck_in_native_code_is_named_with_its_stack(mortals):
 
 
 def slow(rank, rendezvous):
-    from megatron_pbsd.learner.watchdog import ask
-
     with world(rank, rendezvous, 2) as (watchdog, group):
         def run():
             with watchdog.phase("step", LONG_S / 2):
-                while rank == 1 and not ask(watchdog._addresses[0]).waits:
-                    pass
+                if rank == 1:
+                    wait_until(lambda answer: answer.waits, watchdog, 0)
                 collect("all_reduce", group, rank)
 
         return caught(run)[0]
@@ -233,7 +251,7 @@ def differing(rank, rendezvous, phases):
     watchdog, group = enter(rank, rendezvous, 2)
 
     def run():
-        with watchdog.phase(phases[rank], DEADLINE_S):
+        with watchdog.phase(phases[rank], 3 * DEADLINE_S):
             if rank == 0:
                 dist.barrier()
             else:
@@ -263,7 +281,7 @@ def test_ranks_at_differing_collectives_of_a_phase_are_named(mortals):
 def absent(rank, rendezvous, present):
     from megatron_pbsd.learner.watchdog import Watchdog
 
-    return caught(lambda: Watchdog.join(rank, 3, rendezvous, DEADLINE_S))[0] if rank in present else None
+    return caught(lambda: Watchdog.join(rank, 3, rendezvous, 3 * DEADLINE_S))[0] if rank in present else None
 
 
 @pytest.mark.parametrize(("present", "missing"), [({0, 2}, 1), ({1, 2}, 0)])
@@ -281,10 +299,12 @@ def hangs_before_connecting(rank, rendezvous, pipe):
 
     from megatron_pbsd.learner.watchdog import Watchdog
 
-    watchdog = Watchdog.join(rank, 2, rendezvous, 2.0)
+    watchdog = Watchdog.join(rank, 2, rendezvous, LONG_S)
 
     def run():
-        with watchdog.connecting():
+        if rank == 0:
+            wait_until(hangs, watchdog, 1)
+        with watchdog.phase("start", DEADLINE_S), watchdog.connecting():
             if rank == 1:
                 hang(pipe)
             dist.init_process_group("gloo", store=watchdog.store, rank=rank, world_size=2,
@@ -302,6 +322,7 @@ def test_a_rank_that_hangs_before_process_groups_are_made_is_named(mortals, pipe
 def fails(rank, rendezvous, pipe):
     with world(rank, rendezvous, 2) as (watchdog, group):
         if rank == 0:
+            wait_until(hangs, watchdog, 1)
             error, _ = caught(lambda: in_phase(watchdog, DEADLINE_S, group, rank))
             release(pipe)
             return error
@@ -334,7 +355,7 @@ def alone(rank, rendezvous):
                 while watchdog._phases[-1].hung is None:
                     pass
 
-        return report, outside, [caught(lambda: run(*ends))[0] for ends in (
+        return report, outside, [caught(partial(run, *ends))[0] for ends in (
             (DEADLINE_S, LONG_S), (DEADLINE_S, None), (LONG_S, DEADLINE_S))]
 
 
@@ -375,7 +396,7 @@ def hangs_in_its_loss(rank, rendezvous, folder, parallel, pipe):
     batch = Batch({"tokens": [rng.integers(0, 64, 20) for _ in range(4)], "loss_mask": [np.ones(20, np.float32)] * 4})
 
     def run():
-        with watchdog.phase("step", 3 * DEADLINE_S):
+        with watchdog.phase("step", 5 * DEADLINE_S):
             learner.step(batch)
 
     return caught(run)[0]
@@ -397,6 +418,8 @@ class RayRank:
         self.rank, (self.watchdog, self.group) = rank, enter(rank, rendezvous, 2)
 
     def step(self, pipe):
+        if self.rank == 0:
+            wait_until(hangs, self.watchdog, 1)
         with self.watchdog.phase("step", DEADLINE_S):
             if self.rank == 1:
                 hang(pipe)
