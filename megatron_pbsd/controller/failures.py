@@ -33,3 +33,9 @@ class DeadlineExpired(PbsdError):
     def __str__(self) -> str:
         message = f"phase {self.phase!r}: no answer within {self.deadline_s:g} s from {', '.join(self.missing)}"
         return f"{message}\n{self.stacks}" if self.stacks else message
+
+
+class PeersHung(PbsdError):
+    """A component that is well waited in vain for others like it, or was broken off: the fault is theirs."""
+
+    component = "controller"

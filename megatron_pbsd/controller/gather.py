@@ -6,16 +6,18 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from megatron_pbsd.controller.failures import ComponentDied, DeadlineExpired
+from megatron_pbsd.controller.failures import ComponentDied, DeadlineExpired, PeersHung
 from megatron_pbsd.controller.runtime import Client, Future
 
-# When one rank dies, its peers' collectives fail too, and may be heard of first.
+# When one rank fails, its peers' collectives fail too, and may be heard of first.
 CAUSE_WAIT_S = 0.5
 
 
 def gather(client: Client, futures: Sequence[Future], *, phase: str, deadline_s: float) -> list[Any]:
-    """Results in the order of `futures`. The first failure is raised at once, whoever else is still busy or hangs.
+    """Results in the order of `futures`. A failure is raised at once, whoever else is still busy or hangs.
 
+    Of failures at about the same time the cause is raised: a death before anything else, and PeersHung, which blames
+    others, only when they say nothing themselves.
     DeadlineExpired names those that have not answered within `deadline_s`, with their stacks.
     """
     end = time.monotonic() + deadline_s
@@ -26,28 +28,32 @@ def gather(client: Client, futures: Sequence[Future], *, phase: str, deadline_s:
         if not done:
             names = [future.name for future in pending]
             raise DeadlineExpired(phase, deadline_s, names, client.stacks(pending))
-        for future in done:
+        for i, future in enumerate(done):
             try:
                 results[id(future)] = client.result(future)
             except ComponentDied:
                 raise
-            except Exception:
-                _raise_death_among(client, pending)
-                raise
+            except Exception as error:
+                cause = _cause(client, error, [*done[i + 1 :], *pending])
+                if cause is error:
+                    raise
+                raise cause from None
     return [results[id(future)] for future in futures]
 
 
-def _raise_death_among(client: Client, pending: Sequence[Future]) -> None:
+def _cause(client: Client, error: Exception, pending: Sequence[Future]) -> Exception:
+    """The first of the failures, among `error` and those that follow shortly, that the others come from."""
     end = time.monotonic() + CAUSE_WAIT_S
     while pending:
         done, pending = client.wait(pending, 1, max(0.0, end - time.monotonic()))
         if not done:
-            return
+            break
         for future in done:
             try:
                 client.result(future)
-            except ComponentDied:
-                raise
-            except Exception:
-                # A consequence of the failure that the caller is about to raise.
-                continue
+            except ComponentDied as death:
+                return death
+            except Exception as other:
+                if isinstance(error, PeersHung) and not isinstance(other, PeersHung):
+                    error = other
+    return error

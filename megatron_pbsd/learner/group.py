@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from megatron_pbsd.resharding.manifest import WeightsManifest
 
 
+LAST_WORD_S = 8.0
+"""Ranks whose phase outlasts its deadline say which of them is at fault, which the driver cannot: it waits for that."""
+
+
 class LearnerGroup(Group):
     """All ranks of the learner, called alike; see `learner.Learner` for what each method does."""
 
@@ -27,11 +31,14 @@ class LearnerGroup(Group):
     def spawn(
         cls, runtime: Runtime, factory: Callable[..., Any], *, world_size: int, deadline_s: float, **arguments: Any
     ) -> LearnerGroup:
-        """Start `factory(rank, rendezvous, **arguments)` for every rank. Does not wait for them: see `ready`."""
+        """Start `factory(rank, rendezvous, **arguments)` for every rank. Does not wait for them: see `ready`.
+
+        deadline_s:  of the ranks' own phases; they are given a little longer to say what went wrong.
+        """
         rendezvous = f"tcp://127.0.0.1:{free_port()}"
         return cls(runtime, [
             runtime.spawn(f"learner-{rank}", factory, rank, rendezvous, **arguments) for rank in range(world_size)
-        ], deadline_s)
+        ], deadline_s + LAST_WORD_S)
 
     def log_probs(self, batch: Batch) -> list[np.ndarray]:
         return self.call("log_probs", self._runtime.share(batch))[0]

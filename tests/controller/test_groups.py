@@ -7,7 +7,8 @@ import pytest
 from scripted_rollout import ScriptedEngine
 
 from megatron_pbsd.batch import Batch
-from megatron_pbsd.controller.failures import ComponentDied, DeadlineExpired
+from megatron_pbsd.controller.failures import ComponentDied, DeadlineExpired, PeersHung
+from megatron_pbsd.controller.inline import InlineRuntime
 from megatron_pbsd.learner.group import LearnerGroup
 from megatron_pbsd.rollout.engine_group import EngineGroup
 
@@ -29,12 +30,16 @@ class Rank:
         if self.rank != self.faulty:
             if self.fault == "dies, peers notice":
                 raise RuntimeError("Connection closed by peer")
+            if self.fault.endswith("peers blame it"):
+                raise PeersHung(f"rank {self.rank} waits for rank {self.faulty}")
             threading.Event().wait()
         if self.fault.startswith("dies"):
             os._exit(3)
-        if self.fault == "raises":
+        if self.fault.startswith("raises"):
+            # The others are heard of first.
+            threading.Event().wait(0.1)
             raise ArithmeticError("the loss is not finite")
-        raise AssertionError(self.fault)
+        threading.Event().wait()
 
     def tensors(self):
         return {"w": ("float32", (2, 3))}
@@ -72,7 +77,7 @@ def test_all_ranks_are_called_and_rank_0_answers(runtime, tmp_path):
     group.close()
 
 
-@pytest.mark.parametrize("fault", ["dies", "dies, peers notice"])
+@pytest.mark.parametrize("fault", ["dies", "dies, peers notice", "dies, peers blame it"])
 def test_a_dead_rank_is_named_at_once_while_the_others_hang(ray_runtime, fault):
     group = learners(ray_runtime, fault=fault)
     began = time.monotonic()
@@ -82,8 +87,24 @@ def test_a_dead_rank_is_named_at_once_while_the_others_hang(ray_runtime, fault):
     assert time.monotonic() - began < 3
 
 
-def test_a_ranks_error_is_raised_while_the_others_hang(ray_runtime):
-    group = learners(ray_runtime, fault="raises", faulty=2)
+@pytest.mark.parametrize("fault", ["raises", "raises, peers blame it"])
+def test_a_ranks_error_is_raised_whatever_the_others_do(ray_runtime, fault):
+    group = learners(ray_runtime, fault=fault, faulty=2)
+    with pytest.raises(ArithmeticError, match="the loss is not finite"):
+        group.step(BATCH)
+
+
+def test_the_ranks_that_wait_name_one_that_hangs(ray_runtime):
+    group = learners(ray_runtime, fault="hangs, peers blame it", faulty=0)
+    with pytest.raises(PeersHung, match=r"rank [12] waits for rank 0"):
+        group.step(BATCH)
+
+
+def test_the_cause_is_found_among_results_that_are_all_there():
+    runtime = InlineRuntime()
+    group = LearnerGroup(runtime, [
+        runtime.spawn(f"learner-{rank}", Rank, rank, "", fault="raises, peers blame it", faulty=2)
+        for rank in range(3)], 60.0)
     with pytest.raises(ArithmeticError, match="the loss is not finite"):
         group.step(BATCH)
 
