@@ -21,7 +21,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-
 from launcher.bench import balance, log_probs
 from launcher.overrides import load_config
 from megatron_pbsd import credit

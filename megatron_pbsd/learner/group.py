@@ -66,6 +66,14 @@ class LearnerGroup(Group):
     def load(self, folder: str) -> None:
         self.call("load", folder)
 
+    def release(self, phase: str) -> dict[str, int]:
+        """Bytes that the ranks give back together, by category."""
+        released = self.call("release", phase)
+        return {name: sum(rank[name] for rank in released) for name in released[0]}
+
+    def regain(self) -> None:
+        self.call("regain")
+
     def close(self) -> None:
         self.call("close")
 

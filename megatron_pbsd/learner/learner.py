@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -21,12 +22,14 @@ from megatron_pbsd.learner.balance import plan
 from megatron_pbsd.learner.context_parallel import sum_over
 from megatron_pbsd.learner.cost import Cost
 from megatron_pbsd.learner.errors import LearnerError
+from megatron_pbsd.learner.memory import CATEGORIES, DeviceMemory
 from megatron_pbsd.learner.microbatch import MicroBatch, Shape
 from megatron_pbsd.learner.model import Query, build_model, build_optimizer
 from megatron_pbsd.learner.parallel_state import connect, disconnect
 from megatron_pbsd.learner.routing import Positions, routers
 from megatron_pbsd.learner.token_table import TokenTable
 from megatron_pbsd.learner.update import Update
+from megatron_pbsd.learner.watchdog import Watchdog
 from megatron_pbsd.losses import Loss, LossInputs, LossOutput, token_weights
 from megatron_pbsd.models import family
 from megatron_pbsd.models.decoder import kept_in_float32
@@ -35,6 +38,7 @@ from megatron_pbsd.models.transformer_engine import parameter_names
 from megatron_pbsd.platform import Platform, select
 from megatron_pbsd.resharding.manifest import WeightsManifest
 
+WEIGHTS_AND_STATE = tuple(name for name in CATEGORIES if name != "gradients")
 WEIGHTS = "weights"
 """Beside the loss's own fields every micro-batch carries the weights of its reduction."""
 
@@ -67,8 +71,10 @@ class Learner:
         self._shapes = self._family.hf_tensors(hf)
         self._cost = Cost.of(hf)
         self.platform.prepare(rank)
-        with self.platform.running():
-            at = connect(self.platform, config.parallel, rank, rendezvous, config.deadline_s)
+        self._watchdog = Watchdog.join(rank, config.parallel.world_size, rendezvous, config.deadline_s)
+        with self.platform.running(), self._watchdog.phase("build"):
+            with self._watchdog.connecting():
+                at = connect(self.platform, config.parallel, rank, self._watchdog.store, config.deadline_s)
             self.platform.seed(seed)
             chunks = build_model(self._family, hf, config, self.platform, "values" in loss.outputs)
             chunks = [chunk.to(self.device) for chunk in chunks]
@@ -81,6 +87,7 @@ class Learner:
                 if model.initial_weights == "load" else weights.random(self._shapes, hf["initializer_range"], seed))
             self._chunks = chunks
             self._model, self._optimizer, self._scheduler = build_optimizer(chunks, config, self.platform, total_steps)
+        self._memory = DeviceMemory(self._model, self._optimizer)
         self._routers = routers(chunks)
         transformer = chunks[0].config
         self._shape = Shape(
@@ -132,17 +139,20 @@ class Learner:
         self._train(True)
         for router in self._routers:
             router.reset_statistics()
-        with self.platform.running():
+        with self._phase("step", CATEGORIES):
             for chunk in self._model:
                 chunk.zero_grad_buffer()
             self._optimizer.zero_grad()
-            outputs = self._schedule(
-                batch, columns, partial(self._loss, loss, kept), forward_only=False,
-                values="values" in loss.outputs, candidates="candidates" in loss.outputs)
-            found = loss.summary(metrics.reduce(outputs, self._routers))
-            self._scheduler.step(1)
-            _, grad_norm, _ = self._optimizer.step()
-            log_probs = kept.collect()
+            with self._watchdog.phase("step.forward_backward"):
+                outputs = self._schedule(
+                    batch, columns, partial(self._loss, loss, kept), forward_only=False,
+                    values="values" in loss.outputs, candidates="candidates" in loss.outputs)
+            with self._watchdog.phase("step.metrics"):
+                found = loss.summary(metrics.reduce(outputs, self._routers))
+                log_probs = kept.collect()
+            with self._watchdog.phase("step.optimizer"):
+                self._scheduler.step(1)
+                _, grad_norm, _ = self._optimizer.step()
         found["grad_norm"] = float(grad_norm)
         found["lr"] = get_canonical_lr_for_logging(self._optimizer.param_groups)
         wrong = {name: value for name, value in found.items() if not math.isfinite(value)}
@@ -157,25 +167,48 @@ class Learner:
 
     def publish(self, manifest: WeightsManifest) -> None:
         """Write this rank's part of the weights into the shared segment."""
+        self._memory.require("publish", ("parameters",))
         self._weights.publish(manifest)
 
     def differing(self, manifest: WeightsManifest) -> list[str]:
         """Tensors whose published bytes are not what this rank computes with; to be asked once all have published."""
+        self._memory.require("differing", ("parameters",))
         return self._weights.differing(manifest)
 
     def save(self, folder: str) -> None:
         """Write model, optimizer, schedule and random numbers of all ranks into `folder`, readable at any layout."""
-        with self.platform.running():
+        with self._phase("save", WEIGHTS_AND_STATE):
             state.save(folder, self._chunks, self._optimizer, self._scheduler, self.platform)
 
     def load(self, folder: str) -> None:
         """Inverse of `save`. LearnerError when there is nothing to load."""
-        with self.platform.running():
+        with self._phase("load", WEIGHTS_AND_STATE):
             state.load(folder, self._chunks, self._optimizer, self._scheduler, self.platform)
 
     def close(self) -> None:
         """Leave the process groups; the learner is unusable afterwards."""
         disconnect()
+        self._watchdog.close()
+
+    def release(self, phase: str, keep: Sequence[str] = ()) -> dict[str, int]:
+        """Give device memory away for `phase`; bytes given back, by category (`memory.CATEGORIES`).
+
+        All ranks do it alike. Until `regain` everything that needs what is released raises LearnerError.
+        """
+        with self._phase("release"):
+            return self._memory.release(phase, keep)
+
+    def regain(self) -> None:
+        """Inverse of `release`: the same values, but gradients are zero."""
+        with self._phase("regain"):
+            self._memory.regain()
+
+    @contextmanager
+    def _phase(self, name: str, needed: Sequence[str] = ()) -> Iterator[None]:
+        """Surrounds all of Megatron's work: collectives have a name and a deadline, and memory is there."""
+        self._memory.require(name, needed)
+        with self.platform.running(), self._watchdog.phase(name):
+            yield
 
     def _train(self, training: bool) -> None:
         for chunk in self._model:
@@ -189,7 +222,7 @@ class Learner:
             kept.put(micro, answers[:rows])
 
         self._train(False)
-        with self.platform.running(), torch.no_grad():
+        with self._phase("score", ("parameters", "communicators")), torch.no_grad():
             self._schedule(batch, {}, keep, forward_only=True, **query)
             return kept.collect()
 
@@ -201,14 +234,15 @@ class Learner:
         parts = self._micro_batches(batch, columns)
 
         def forward_step(iterator, model):
-            micro = next(iterator)
+            number, micro = next(iterator)
+            self._watchdog.mark(f"micro-batch {number}/{len(parts)}, forward")
             query = Query(
                 self._tensor(micro.selected), self._tensor(micro.targets), values=values, top=top,
                 candidates=self._tensor(micro.fields["teacher_top_tokens"]) if candidates else None)
             answers = model(self._tensor(micro.inputs), query, self._packed(micro), self._positions(micro))
             return answers, partial(consume, micro)
 
-        iterators = [iter(parts) for _ in self._model]
+        iterators = [enumerate(parts, start=1) for _ in self._model]
         return get_forward_backward_func()(
             forward_step_func=forward_step, data_iterator=iterators if len(iterators) > 1 else iterators[0],
             model=self._model, num_microbatches=len(parts), seq_length=parts[0].inputs.shape[1],

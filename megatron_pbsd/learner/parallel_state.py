@@ -12,14 +12,20 @@ from megatron_pbsd.config import ParallelConfig
 from megatron_pbsd.models.parameters import RankCoordinates, coordinates
 from megatron_pbsd.platform import Platform
 
+SLOWER_THAN_WATCHDOG_S = 60.0
+"""Process groups give up this long after the watchdog has, whose error says who is at fault."""
+
 
 def connect(
-    platform: Platform, parallel: ParallelConfig, rank: int, rendezvous: str, deadline_s: float
+    platform: Platform, parallel: ParallelConfig, rank: int, store: dist.Store, deadline_s: float
 ) -> RankCoordinates:
-    """Join the world at `rendezvous` ('tcp://host:port'). Collectives that outlast the deadline raise."""
+    """Make the process groups of the ranks that share `store`.
+
+    deadline_s: of the watchdog's phases, in which all collectives happen.
+    """
+    timeout = timedelta(seconds=deadline_s + SLOWER_THAN_WATCHDOG_S)
     dist.init_process_group(
-        platform.backend, init_method=rendezvous, rank=rank, world_size=parallel.world_size,
-        timeout=timedelta(seconds=deadline_s))
+        platform.backend, store=store, rank=rank, world_size=parallel.world_size, timeout=timeout)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tp,
         pipeline_model_parallel_size=parallel.pp,
@@ -28,7 +34,7 @@ def connect(
         expert_model_parallel_size=parallel.ep,
         expert_tensor_parallel_size=parallel.etp,
         create_gloo_process_groups=platform.backend != "gloo",
-        distributed_timeout_minutes=math.ceil(deadline_s / 60))
+        distributed_timeout_minutes=math.ceil(timeout.total_seconds() / 60))
     at = RankCoordinates(
         tp=parallel_state.get_tensor_model_parallel_rank(),
         cp=parallel_state.get_context_parallel_rank(),

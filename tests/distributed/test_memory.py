@@ -13,29 +13,16 @@ import torch
 from megatron_pbsd import losses
 from megatron_pbsd.batch import Batch
 from megatron_pbsd.config import LearnerConfig, ModelConfig, OptimizerConfig, ParallelConfig, SFTConfig
-from megatron_pbsd.platform.cpu import Cpu
 
 VOCABULARY = 96_000
 """Times 256 numbers of 4 bytes: gradients of about 100 MB."""
 
 
-class Plain(Cpu):
-    pass
-
-
-class Sharding(Cpu):
-    distributed_optimizer = True
-
-
-class Bfloat16(Cpu):
-    dtype = torch.bfloat16
-
-
-class ShardingBfloat16(Sharding, Bfloat16):
-    pass
-
-
-PLATFORMS = [Plain, Sharding, Bfloat16, ShardingBfloat16]
+KINDS = {
+    "plain": {}, "sharding": {"distributed_optimizer": True}, "bfloat16": {"precision": "bfloat16"},
+    "sharding-bfloat16": {"distributed_optimizer": True, "precision": "bfloat16"},
+}
+"""What decides which tensors a learner holds."""
 
 
 @pytest.fixture(scope="module")
@@ -51,19 +38,16 @@ def big(tmp_path_factory):
     return folder
 
 
-def build(rank, rendezvous, folder, platform, initial="load", world_size=1):
-    """A learner and its memory."""
+def build(rank, rendezvous, folder, kind, initial="load", world_size=1):
+    """A learner, the model chunks as Megatron wraps them, and the memory of both."""
     from megatron_pbsd.learner.learner import Learner
-    from megatron_pbsd.learner.memory import DeviceMemory
 
     config = LearnerConfig(
-        parallel=ParallelConfig(world_size=world_size, tp=1, pp=1), optimizer=OptimizerConfig(lr=1e-2, warmup_steps=1),
-        precision="bfloat16" if platform.dtype == torch.bfloat16 else "float32",
-        distributed_optimizer=platform.distributed_optimizer, micro_batch_tokens=48)
+        parallel=ParallelConfig(world_size=world_size, tp=1), optimizer=OptimizerConfig(lr=1e-2, warmup_steps=1),
+        micro_batch_tokens=48, **KINDS[kind])
     learner = Learner(rank, rendezvous, ModelConfig(path=str(folder), initial_weights=initial), config,
-                      losses.build(SFTConfig()), seed=3, total_steps=10, platform=platform)
-    chunks = learner._model if isinstance(learner._model, list) else [learner._model]
-    return learner, chunks, DeviceMemory(chunks, learner._optimizer)
+                      losses.build(SFTConfig()), seed=3, total_steps=10)
+    return learner, learner._model, learner._memory
 
 
 def batch(seed=0, vocabulary=64):
@@ -95,9 +79,9 @@ def differing(first, second):
         tensors[name].reshape(-1).view(torch.uint8) for tensors in (first, second)))]
 
 
-def two_steps(rank, rendezvous, folder, platform, between, world_size):
+def two_steps(rank, rendezvous, folder, kind, between, world_size):
     """State after the steps, having done `between` in the middle."""
-    learner, chunks, memory = build(rank, rendezvous, folder, platform, world_size=world_size)
+    learner, chunks, memory = build(rank, rendezvous, folder, kind, world_size=world_size)
     try:
         metrics = [learner.step(batch(0)).metrics]
         between(memory)
@@ -124,9 +108,9 @@ def release_by_and_by(memory):
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-@pytest.mark.parametrize("platform", PLATFORMS, ids=lambda kind: kind.__name__)
-def test_training_goes_on_bit_for_bit(ranks, hf_folders, platform, world_size):
-    run = partial(ranks.run, two_steps, world_size, hf_folders[True], platform())
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_goes_on_bit_for_bit(ranks, folders, kind, world_size):
+    run = partial(ranks.run, two_steps, world_size, folders["tied"], kind)
     expected = run(nothing, world_size)
     for between in (release_and_regain, release_by_and_by):
         for (metrics, found), (wanted_metrics, wanted) in zip(run(between, world_size), expected, strict=True):
@@ -134,8 +118,8 @@ def test_training_goes_on_bit_for_bit(ranks, hf_folders, platform, world_size):
             assert differing(found, wanted) == []
 
 
-def same_objects(rank, rendezvous, folder, platform):
-    learner, chunks, memory = build(rank, rendezvous, folder, platform)
+def same_objects(rank, rendezvous, folder, kind):
+    learner, chunks, memory = build(rank, rendezvous, folder, kind)
     try:
         learner.step(batch())
         before, objects = state(learner, chunks), views(learner, chunks)
@@ -162,17 +146,17 @@ def views(learner, chunks):
             for t in tensors]
 
 
-@pytest.mark.parametrize("platform", PLATFORMS, ids=lambda kind: kind.__name__)
-def test_the_same_tensors_come_back_with_the_same_values(ranks, hf_folders, platform):
-    [found] = ranks.run(same_objects, 1, hf_folders[True], platform())
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_same_tensors_come_back_with_the_same_values(ranks, folders, kind):
+    [found] = ranks.run(same_objects, 1, folders["tied"], kind)
     assert found["views"] and found["differing"] == []
     assert found["gradients"] == 0
     assert set(found["empty"].values()) == {0}
     assert found["again"] == found["held"] == found["released"]
 
 
-def sums(rank, rendezvous, folder, platform):
-    learner, chunks, memory = build(rank, rendezvous, folder, platform)
+def sums(rank, rendezvous, folder, kind):
+    learner, chunks, memory = build(rank, rendezvous, folder, kind)
     try:
         fresh = memory.account()
         learner.step(batch())
@@ -183,14 +167,14 @@ def sums(rank, rendezvous, folder, platform):
         learner.close()
 
 
-@pytest.mark.parametrize("platform", PLATFORMS, ids=lambda kind: kind.__name__)
-def test_bytes_by_category(ranks, hf_folders, platform):
+@pytest.mark.parametrize("kind", KINDS)
+def test_bytes_by_category(ranks, folders, kind):
     """4 bytes of gradient per parameter, 8 of Adam's moments and, in bfloat16, 4 of master weight."""
-    [(fresh, found, numbers, padded, parameters)] = ranks.run(sums, 1, hf_folders[True], platform())
-    bytes_each = 2 if platform.dtype == torch.bfloat16 else 4
-    assert numbers <= padded and (padded == numbers or platform.distributed_optimizer)
+    [(fresh, found, numbers, padded, parameters)] = ranks.run(sums, 1, folders["tied"], kind)
+    bytes_each = 2 if "bfloat16" in kind else 4
+    assert numbers <= padded and (padded == numbers or "sharding" in kind)
     assert found["parameters"] == fresh["parameters"] == bytes_each * (
-        padded if platform.distributed_optimizer else numbers)
+        padded if "sharding" in kind else numbers)
     assert found["gradients"] == 4 * padded
     assert found["master_weights"] == (4 * numbers if bytes_each == 2 else 0)
     # Adam counts its steps in a float32 per parameter.
@@ -204,8 +188,8 @@ def resident_bytes():
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def resident(rank, rendezvous, folder, platform):
-    learner, _, memory = build(rank, rendezvous, folder, platform, "random")
+def resident(rank, rendezvous, folder, kind):
+    learner, _, memory = build(rank, rendezvous, folder, kind, "random")
     try:
         learner.step(batch(vocabulary=VOCABULARY))
         held, before = memory.account(), resident_bytes()
@@ -220,10 +204,10 @@ def resident(rank, rendezvous, folder, platform):
         learner.close()
 
 
-@pytest.mark.parametrize("platform", [Plain, Sharding], ids=lambda kind: kind.__name__)
-def test_the_process_shrinks_by_its_gradients(ranks, big, platform):
+@pytest.mark.parametrize("kind", ["plain", "sharding"])
+def test_the_process_shrinks_by_its_gradients(ranks, big, kind):
     """On a CPU the host copies are as large as what they are copies of; gradients have none."""
-    [(held, before, without_gradients, in_host_memory, after)] = ranks.run(resident, 1, big, platform())
+    [(held, before, without_gradients, in_host_memory, after)] = ranks.run(resident, 1, big, kind)
     gradients = held["gradients"]
     assert gradients > 95e6
     assert before - without_gradients > 0.9 * gradients
@@ -234,7 +218,7 @@ def test_the_process_shrinks_by_its_gradients(ranks, big, platform):
 def refusals(rank, rendezvous, folder):
     from megatron_pbsd.learner.errors import LearnerError
 
-    learner, _, memory = build(rank, rendezvous, folder, Plain())
+    learner, _, memory = build(rank, rendezvous, folder, "plain")
     said = []
 
     def attempt(run):
@@ -247,30 +231,33 @@ def refusals(rank, rendezvous, folder):
 
     try:
         learner.step(batch())
-        memory.release("the rollout", keep=("parameters", "communicators"))
+        learner.release("the rollout", keep=("parameters", "communicators"))
         attempt(lambda: learner.log_probs(batch()))
-        attempt(lambda: memory.require("publish", ("parameters",)))
-        attempt(lambda: memory.require("step"))
-        memory.release("the rollout")
+        attempt(lambda: learner.step(batch()))
+        learner.release("the rollout")
         attempt(lambda: learner.log_probs(batch()))
-        attempt(lambda: memory.require("publish", ("parameters",)))
+        attempt(lambda: learner._model[0](None, None, None, None))
+        attempt(lambda: learner.publish(None))
+        attempt(lambda: learner.save("nowhere"))
         attempt(lambda: memory.release("the rollout", keep=("paramters",)))
         attempt(lambda: memory.regain(("weights",)))
-        memory.regain()
+        learner.regain()
         attempt(lambda: learner.step(batch()))
         return said
     finally:
         learner.close()
 
 
-def test_use_of_released_memory_is_refused(ranks, hf_folders):
-    [said] = ranks.run(refusals, 1, hf_folders[True])
+def test_use_of_released_memory_is_refused(ranks, folders):
+    [said] = ranks.run(refusals, 1, folders["tied"])
+    released = "whose memory was released for the rollout"
     assert said == [
         "",
-        "",
-        "step needs gradients, optimizer_state, whose memory was released for the rollout",
-        "the forward pass needs parameters, communicators, whose memory was released for the rollout",
-        "publish needs parameters, whose memory was released for the rollout",
+        f"step needs gradients, optimizer_state, {released}",
+        f"score needs parameters, communicators, {released}",
+        f"the forward pass needs parameters, gradients, communicators, {released}",
+        f"publish needs parameters, {released}",
+        f"save needs parameters, optimizer_state, communicators, {released}",
         "no such categories of device memory: ['paramters']; there are parameters, gradients, master_weights, "
         "optimizer_state, communicators",
         "no such categories of device memory: ['weights']; there are parameters, gradients, master_weights, "
