@@ -18,7 +18,7 @@ from pydantic import BaseModel, ValidationError
 from launcher.explain import conflict, explain, locate, shown
 from launcher.schema import did_you_mean, models_of, tag_of
 from launcher.sources import ConfigError, KeyPath, Problem, Settings, apply_overrides, read_yaml
-from megatron_pbsd.config import ModelConfig, ParallelConfig, RunConfig
+from megatron_pbsd.config import LearnerConfig, ModelConfig, RunConfig
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = (), check_model: bool = True) -> RunConfig:
@@ -42,8 +42,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), check_model: bo
             problems += _conflicts_despite(bad, settings)
     sound = config or _Lenient.salvage(settings.values, bad)
     if check_model and sound.model is not None:
-        parallel = None if any(path[0] == "learner" for path in bad) else sound.learner.parallel
-        problems += _model_problems(sound.model, parallel, settings)
+        learner = None if any(path[0] == "learner" for path in bad) else sound.learner
+        problems += _model_problems(sound.model, learner, settings)
     if problems or config is None:
         raise ConfigError(path, problems)
     return config
@@ -100,8 +100,8 @@ def _conflicts_despite(bad: Sequence[KeyPath], settings: Settings) -> list[Probl
             if not any(key in message for key in dotted) for problem in [conflict(message, settings)]]
 
 
-def _model_problems(model: ModelConfig, parallel: ParallelConfig | None, settings: Settings) -> list[Problem]:
-    """Look into the model's folder. `parallel` is None when the layout itself is wrong already."""
+def _model_problems(model: ModelConfig, learner: LearnerConfig | None, settings: Settings) -> list[Problem]:
+    """Look into the model's folder. `learner` is None when its section is wrong already."""
     folder, source = Path(model.path), settings.source(("model", "path"))
 
     def problem(message: str) -> list[Problem]:
@@ -125,12 +125,13 @@ def _model_problems(model: ModelConfig, parallel: ParallelConfig | None, setting
     weights = ("model.safetensors", "model.safetensors.index.json")
     if model.initial_weights == "load" and not any((folder / name).is_file() for name in weights):
         problems += problem("it has no model.safetensors; model.initial_weights = 'random' starts without")
-    if parallel is not None:
-        from megatron_pbsd.models import layout_problems
+    if learner is not None:
+        from megatron_pbsd.models import family
         from megatron_pbsd.models.errors import ModelError
 
         try:
-            problems += [conflict(message, settings) for message in layout_problems(hf_config, parallel)]
+            found = family(hf_config).learner_problems(hf_config, learner)
+            problems += [conflict(message, settings) for message in found]
         except ModelError as error:  # no family knows this model, or not with these fields
             problems += problem(str(error))
     return problems

@@ -82,6 +82,16 @@ class Components:
     checkpoints: CheckpointStore
     done: int
 
+    @contextmanager
+    def engines_alone(self) -> Iterator[None]:
+        """The learner gives its device memory away meanwhile, if the configuration says so."""
+        if not self.config.learner.release_memory:
+            yield
+            return
+        self.learner.release("the rollout")
+        yield
+        self.learner.regain()
+
     def reward(self, groups: Sequence[Group]) -> list[Group]:
         """Verify every trajectory's answer."""
         return score(self.environment, groups, self._tasks)

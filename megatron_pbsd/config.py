@@ -166,6 +166,9 @@ class LearnerConfig(Section):
     rollout batch, and every token sampled by the present weights."""
     deadline_s: Annotated[float, Field(gt=0)] = 300.0
     """After this long without an answer a learner phase is declared hung."""
+    release_memory: bool = False
+    """Give the learner's device memory (parameters, gradients, optimizer state, NCCL buffers) to the engines during
+    rollouts; values wait in host memory."""
 
 
 class RolloutConfig(Section):
@@ -677,6 +680,14 @@ class RunConfig(Section):
             problems.append(
                 f"learner.updates_per_step = {self.learner.updates_per_step} exceeds rollout.prompts_per_step = "
                 f"{self.rollout.prompts_per_step}: a mini-batch needs at least one group")
+        learner = self.learner
+        positions = learner.micro_batch_tokens * learner.parallel.cp
+        if self.algorithm.name != "sft" and self.rollout.max_context - 1 > positions:
+            problems.append(
+                f"rollout.max_context = {self.rollout.max_context} does not fit a micro-batch: "
+                f"learner.micro_batch_tokens * learner.parallel.cp = {learner.micro_batch_tokens} * "
+                f"{learner.parallel.cp} = {positions} positions; raise either, or lower max_context to at most "
+                f"{positions + 1}")
         if self.model is not None and self.model.initial_weights == "random":
             reason = ("compares the policy with the model in model.path, from which model.initial_weights = 'random' "
                       "does not start it: set that to 'load', or this to")

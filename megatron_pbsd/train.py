@@ -53,7 +53,7 @@ def roll_out(run: Components, step: int) -> tuple[list[Group], list[Group], dict
     config, asked, statistics = run.config, [], []
     tasks, wanted = run.environment.tasks(config.environment.train_split), config.rollout.prompts_per_step
     for attempt in range(config.algorithm.sampling_attempts):
-        with run.recorder.phase("rollout"):
+        with run.recorder.phase("rollout"), run.engines_alone():
             prompts = requests(run.environment, tasks, config, step, attempt)
             groups, work = run.rollout.collect(prompts, step, attempt=attempt)
         with run.recorder.phase("reward"):

@@ -6,7 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from megatron_pbsd.algorithms import ALGORITHMS
-from megatron_pbsd.config import DAPOConfig, PolicyLossConfig, PPOConfig, RunConfig
+from megatron_pbsd.config import DAPOConfig, ParallelConfig, PolicyLossConfig, PPOConfig, RunConfig
 
 MINIMAL = {"name": "n", "steps": 1, "model": {"path": "m"}}
 
@@ -59,3 +59,24 @@ def test_distillation_has_losses_of_its_own():
         algorithm(name="distill", outcome_weight=0.5, loss={"name": "jsd"})
     with pytest.raises(ValidationError, match="'policy', 'custom'"):
         algorithm(name="grpo", loss={"name": "jsd"})
+
+
+@pytest.mark.parametrize(("changes", "words"), [
+    ({"world_size": 3, "tp": 2}, "world_size = 3 is not a multiple of tp \\* pp \\* cp = 2 \\* 1 \\* 1 = 2"),
+    ({"world_size": 4, "tp": 2, "cp": 4}, "tp \\* pp \\* cp = 2 \\* 1 \\* 4 = 8; with 4 ranks .* one of \\[1, 2, 4\\]"),
+    ({"world_size": 4, "tp": 1, "ep": 3}, "ep \\* etp = 3 \\* 1 = 3 does not divide the 4 ranks .* \\[1, 2, 4\\]"),
+    ({"world_size": 4, "tp": 1, "pp": 2, "ep": 4}, "does not divide the 2 ranks of a pipeline stage"),
+    ({"world_size": 2, "tp": 2, "vpp": 2}, "vpp = 2 needs a pipeline"),
+    ({"world_size": 2, "tp": 1, "sequence_parallel": True}, "sequence_parallel = True needs tp of 2 or more"),
+])
+def test_layouts_that_cannot_be(changes, words):
+    with pytest.raises(ValueError, match=words):
+        ParallelConfig(**changes)
+
+
+def test_a_context_that_no_micro_batch_holds_is_named():
+    run = {"name": "x", "steps": 1, "model": {"path": "x"}, "rollout": {"max_context": 400}}
+    with pytest.raises(ValueError, match="rollout.max_context = 400 .* lower max_context to at most 101"):
+        RunConfig.model_validate({**run, "learner": {"micro_batch_tokens": 100}})
+    RunConfig.model_validate({**run, "learner": {"micro_batch_tokens": 100, "parallel": {
+        "world_size": 4, "tp": 1, "cp": 4}}})

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_pbsd.config import ParallelConfig
+from megatron_pbsd.config import LearnerConfig, ParallelConfig
 from megatron_pbsd.models import decoder as decoders, gpt_config, layout, mapping
 from megatron_pbsd.models.decoder import Decoder
 from megatron_pbsd.models.errors import ModelError
@@ -48,6 +48,10 @@ class Family:
     def layout_problems(self, hf: Config, parallel: ParallelConfig) -> list[str]:
         """One sentence for each way in which the model cannot be divided like this; empty when it can."""
         return layout.layout_problems(self.decoder(hf), parallel)
+
+    def learner_problems(self, hf: Config, learner: LearnerConfig) -> list[str]:
+        """`layout_problems`, and one sentence for each key of `learner` that this model cannot heed."""
+        return layout.learner_problems(self.decoder(hf), learner)
 
     def pieces(self, hf: Config, parallel: ParallelConfig, at: RankCoordinates, chunk: int) -> ParameterMap:
         """Parameters and stored buffers of model chunk `chunk`, 0 … vpp - 1, of the rank at `at`; see `mapping.py`."""

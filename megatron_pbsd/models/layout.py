@@ -1,11 +1,11 @@
-"""Whether a decoder can be divided over ranks in a given way."""
+"""Whether a decoder can be divided over ranks in a given way, and trained as configured."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from math import gcd
 
-from megatron_pbsd.config import ParallelConfig
+from megatron_pbsd.config import LearnerConfig, ParallelConfig
 from megatron_pbsd.models.decoder import Decoder
 
 
@@ -29,6 +29,28 @@ def layout_problems(decoder: Decoder, parallel: ParallelConfig) -> list[str]:
     else:
         problems += _indivisible("ep", parallel.ep, {"num_experts": experts.num_experts})
         problems += _indivisible("etp", parallel.etp, {"moe_intermediate_size": experts.moe_intermediate_size})
+    return problems
+
+
+def learner_problems(decoder: Decoder, learner: LearnerConfig) -> list[str]:
+    """`layout_problems`, and one sentence for each key that this model cannot heed."""
+    problems = layout_problems(decoder, learner.parallel)
+    moe, experts = learner.moe, decoder.experts
+    if experts is None:
+        problems += [
+            f"learner.moe.{key} = {value} is for experts, and this model has none; set it to {unset}"
+            for key, value, unset in (
+                ("routing_replay", moe.routing_replay, False), ("aux_loss_coefficient", moe.aux_loss_coefficient, 0),
+                ("expert_bias_update_rate", moe.expert_bias_update_rate, 0)) if value]
+        return problems
+    if moe.expert_bias_update_rate and not experts.score_bias:
+        problems.append(
+            f"learner.moe.expert_bias_update_rate = {moe.expert_bias_update_rate:g} moves a bias that this model's "
+            "checkpoints have no place for; set it to 0, and learner.moe.aux_loss_coefficient to balance by a loss")
+    if learner.parallel.sequence_parallel is False and learner.parallel.tp > 1:
+        problems.append(
+            f"learner.parallel.sequence_parallel = False with tp = {learner.parallel.tp}: Megatron-core trains experts "
+            "under tensor parallelism with sequence parallelism only; set it to True or null")
     return problems
 
 

@@ -105,7 +105,8 @@ def on_disk(reference) -> dict[str, np.ndarray]:
 
 def read_tensors(folder) -> dict[str, np.ndarray]:
     with safe_open(f"{folder}/model.safetensors", framework="np") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}
+        names = file.keys()
+        return {name: file.get_tensor(name) for name in names}
 
 
 @pytest.mark.parametrize(("model", "parallel"), [

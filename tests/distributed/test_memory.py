@@ -140,7 +140,8 @@ def same_objects(rank, rendezvous, folder, kind):
 def views(learner, chunks):
     """Which tensor views which storage, and where: names of storages are their order."""
     tensors = [t for chunk in chunks for p in chunk.parameters() for t in (p, p.main_grad)]
-    tensors += [p for optimizer in torch_optimizers(learner) for group in optimizer.param_groups for p in group["params"]]
+    tensors += [p for optimizer in torch_optimizers(learner) for group in optimizer.param_groups
+                for p in group["params"]]
     order = {}
     return [(id(t), order.setdefault(t.untyped_storage()._cdata, len(order)), t.storage_offset(), t.shape, t.stride())
             for t in tensors]

@@ -149,7 +149,8 @@ def test_balancing_loss_has_the_gradient_of_its_formula(ranks, folders):
     norm = torch.nn.utils.clip_grad_norm_(reference.parameters(), 1e9)
     assert found["grad_norm"] == pytest.approx(float(norm), rel=1e-5)
     for number, value in zip((0, 1, 3), balance, strict=True):
-        assert found[f"router/layer_{number:02d}/aux_loss"] == pytest.approx(coefficient * float(value.detach()), rel=1e-5)
+        reported = found[f"router/layer_{number:02d}/aux_loss"]
+        assert reported == pytest.approx(coefficient * float(value.detach()), rel=1e-5)
 
 
 @pytest.mark.parametrize("changes", [

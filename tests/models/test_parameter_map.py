@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 from hypothesis import assume, given, settings, strategies as st
 from tiny_models import TINY, tiny_config
 
-from megatron_pbsd.config import ParallelConfig
+from megatron_pbsd.config import LearnerConfig, ParallelConfig
 from megatron_pbsd.models import ModelError, family, layout_problems
 from megatron_pbsd.models.parameters import coordinates, local_shape, stage_layers
 
@@ -160,3 +162,17 @@ def test_only_lengths_that_occur_must_be_divisible():
     (problem,) = layout_problems(shared, ParallelConfig(world_size=2, tp=2))
     assert "shared_intermediate_size = 15" in problem
     assert not layout_problems(shared, ParallelConfig(world_size=3, tp=1, cp=3))
+
+
+@pytest.mark.parametrize(("model", "changes", "words"), [
+    ("qwen3", {"moe": {"routing_replay": True}}, "learner.moe.routing_replay = True is for experts, .* has none"),
+    ("qwen3", {"moe": {"aux_loss_coefficient": 0.1}}, "learner.moe.aux_loss_coefficient = 0.1 .* set it to 0"),
+    ("qwen3_moe", {"moe": {"expert_bias_update_rate": 0.001}}, "moe.expert_bias_update_rate = 0.001 moves a bias"),
+    ("glm4_moe", {"parallel": {"tp": 2, "sequence_parallel": False}}, "sequence_parallel = False with tp = 2"),
+])
+def test_keys_that_a_model_cannot_heed_are_named(model, changes, words):
+    hf = tiny_config(model)
+    (problem,) = family(hf).learner_problems(hf, LearnerConfig.model_validate(changes))
+    assert re.search(words, problem), problem
+    assert not family(tiny_config("glm4_moe")).learner_problems(tiny_config("glm4_moe"), LearnerConfig.model_validate(
+        {"moe": {"routing_replay": True, "aux_loss_coefficient": 0.1, "expert_bias_update_rate": 0.001}}))
