@@ -1,0 +1,60 @@
+"""Generation and measurement: engines, environment, evaluation."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from megatron_pbsd.config.section import PositiveInt, Section
+
+
+class RolloutConfig(Section):
+    engines: PositiveInt = 2
+    """Number of embedded engines."""
+    slots: PositiveInt = 64
+    """Sequences that one engine decodes at a time."""
+    prompts_per_step: PositiveInt = 16
+    """Prompts, and so groups, per step."""
+    group_size: Annotated[int, Field(ge=2)] = 8
+    """Trajectories per prompt."""
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    """Sampling temperature of training rollouts."""
+    max_turns: PositiveInt = 6
+    """Most turns of a trajectory."""
+    max_turn_tokens: PositiveInt = 32
+    """Most tokens the policy may generate in one turn."""
+    max_context: PositiveInt = 512
+    """Most tokens of a trajectory, prompt included."""
+    deadline_s: Annotated[float, Field(gt=0)] = 300.0
+    """After this long without a finished chunk an engine is declared hung."""
+    probe_tolerance: Annotated[float, Field(gt=0)] = 1e-4
+    """Largest |engine - learner| log-prob on the probe batch after a publication (nats)."""
+
+
+class EnvironmentConfig(Section):
+    name: Literal["search_qa"] = "search_qa"
+    """Which environment."""
+    retriever: Literal["bm25", "none"] = "bm25"
+    """`none` returns nothing for any query: the control that shows answers come from the tool."""
+    search_budget: PositiveInt = 4
+    """Search calls per trajectory; further calls get an observation that says so."""
+    observation_words: PositiveInt = 28
+    """Passages are cut to this many words."""
+    train_split: str = "train"
+    """Split that training prompts are drawn from."""
+    hops: tuple[Annotated[int, Field(ge=1, le=3)], ...] = (1, 2, 3)
+    """Questions of these numbers of hops are asked."""
+
+
+class EvaluationConfig(Section):
+    every: Annotated[int, Field(ge=0)] = 10
+    """Steps between evaluations; 0 evaluates only the first and the last policy."""
+    split: str = "heldout"
+    """Split that evaluation prompts come from."""
+    prompts: PositiveInt = 200
+    """Prompts per evaluation, one trajectory each."""
+    temperature: Annotated[float, Field(ge=0)] = 0.0
+    """Sampling temperature; 0 is greedy."""
+    at_start: bool = True
+    """Evaluate the policy before the first step too."""

@@ -1,0 +1,105 @@
+"""The run: all sections together, and what they demand of each other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from megatron_pbsd.config.algorithms import AlgorithmConfig, PBSDConfig, PenalisedConfig
+from megatron_pbsd.config.learner import LearnerConfig
+from megatron_pbsd.config.losses import PolicyLossConfig
+from megatron_pbsd.config.model import ModelConfig
+from megatron_pbsd.config.rollout import EnvironmentConfig, EvaluationConfig, RolloutConfig
+from megatron_pbsd.config.section import PositiveInt, Section
+
+
+class CheckpointConfig(Section):
+    every: Annotated[int, Field(ge=0)] = 20
+    """Steps between checkpoints; 0 keeps only the last."""
+    keep: PositiveInt = 2
+    """Newest checkpoints that are kept."""
+    export_hf: bool = True
+    """Write the final policy in Hugging Face format too."""
+
+
+class ObservabilityConfig(Section):
+    wandb: Literal["disabled", "offline", "online"] = "disabled"
+    """Also send metrics to Weights & Biases; needs the extra `wandb`."""
+    progress: bool = True
+    """Show progress: a live display on a terminal, one line per step elsewhere."""
+    trajectories_kept: Annotated[int, Field(ge=0)] = 0
+    """Trajectory files of the last n steps are kept; 0 keeps all."""
+
+
+class RunConfig(Section):
+    """A run. Its folder is `<runs>/<name>`."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    """The run's name: letters, digits, dots, dashes and underscores."""
+    runs: str = "runs"
+    """Folder that holds the folders of runs."""
+    seed: Annotated[int, Field(ge=0)] = 1
+    """Seed of everything random."""
+    steps: PositiveInt
+    """Steps of the whole run, resumed parts included."""
+    runtime: Literal["ray", "inline"] = "ray"
+    """`inline` runs every component in one process, for debugging; needs one learner rank."""
+    ray_port: Annotated[int, Field(ge=1024, le=65535)] | None = None
+    """Port of the local Ray head; None takes a free one."""
+    model: ModelConfig
+    """The policy."""
+    algorithm: AlgorithmConfig = PBSDConfig()
+    """From rewards to what is learnt; `algorithm.name` selects it."""
+    learner: LearnerConfig = LearnerConfig()
+    """Training: layout, optimizer, batching."""
+    rollout: RolloutConfig = RolloutConfig()
+    """Generation: engines, groups, limits."""
+    environment: EnvironmentConfig = EnvironmentConfig()
+    """Tasks and tools."""
+    evaluation: EvaluationConfig = EvaluationConfig()
+    """When and on what the policy is measured."""
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    """When the run's state is saved."""
+    observability: ObservabilityConfig = ObservabilityConfig()
+    """What is recorded and shown."""
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.runs) / self.name
+
+    def conflicts(self) -> list[str]:
+        """Problems between sections that are valid by themselves, one message each."""
+        problems = []
+        if self.runtime == "inline" and self.learner.parallel.world_size != 1:
+            problems.append(
+                f"learner.parallel.world_size = {self.learner.parallel.world_size} needs runtime = 'ray'; "
+                "runtime = 'inline' holds one rank: set learner.parallel.world_size, tp and pp to 1")
+        if self.learner.updates_per_step > self.rollout.prompts_per_step:
+            problems.append(
+                f"learner.updates_per_step = {self.learner.updates_per_step} exceeds rollout.prompts_per_step = "
+                f"{self.rollout.prompts_per_step}: a mini-batch needs at least one group")
+        learner = self.learner
+        positions = learner.micro_batch_tokens * learner.parallel.cp
+        if self.algorithm.name != "sft" and self.rollout.max_context - 1 > positions:
+            problems.append(
+                f"rollout.max_context = {self.rollout.max_context} does not fit a micro-batch: "
+                f"learner.micro_batch_tokens * learner.parallel.cp = {learner.micro_batch_tokens} * "
+                f"{learner.parallel.cp} = {positions} positions; raise either, or lower max_context to at most "
+                f"{positions + 1}")
+        if self.model is not None and self.model.initial_weights == "random":
+            reason = ("compares the policy with the model in model.path, from which model.initial_weights = 'random' "
+                      "does not start it: set that to 'load', or this to")
+            algorithm = self.algorithm
+            if isinstance(algorithm, PenalisedConfig) and algorithm.kl_penalty:
+                problems.append(f"algorithm.kl_penalty = {algorithm.kl_penalty:g} {reason} 0")
+            if isinstance(algorithm.loss, PolicyLossConfig) and algorithm.loss.kl_reference == "reference":
+                problems.append(f"algorithm.loss.kl_reference = 'reference' {reason} 'old'")
+        return problems
+
+    @model_validator(mode="after")
+    def _consistent(self) -> RunConfig:
+        if problems := self.conflicts():
+            raise ValueError("\n".join(problems))
+        return self
