@@ -23,8 +23,10 @@ def value_loss(inputs: LossInputs, config: ValueLossConfig) -> tuple[torch.Tenso
     plain = (inputs.values - returns) ** 2
     worst, clipped = plain, torch.zeros_like(plain)
     if config.clip is not None:
-        bounded = (old + (inputs.values - old).clamp(-config.clip, config.clip) - returns) ** 2
-        worst, clipped = torch.maximum(plain, bounded), bounded > plain
+        moved = inputs.values - old
+        bounded = (old + moved.clamp(-config.clip, config.clip) - returns) ** 2
+        # Within the bounds the two differ by rounding only.
+        worst, clipped = torch.maximum(plain, bounded), (bounded > plain) & (moved.abs() > config.clip)
     sums = {
         "loss/value": 0.5 * worst.sum(),
         "loss/value_clip_fraction": clipped.sum(),

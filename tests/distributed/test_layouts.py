@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from megatron_pbsd.config import (
+    JSDLossConfig,
     LearnerConfig,
     ParallelConfig,
     PBSDConfig,
@@ -12,6 +13,7 @@ from megatron_pbsd.config import (
     SequenceTISConfig,
     SFTConfig,
     TokenTISConfig,
+    ValueLossConfig,
 )
 from tests.distributed.training import BUDGET, OPTIMIZER, assert_same_run, train
 
@@ -46,6 +48,10 @@ LOSSES = {
                              mismatch=SequenceTISConfig(cap=1.1)),
     "pbsd": PBSDConfig(snr_gate=0.1, loss=PolicyLossConfig(reduction="turn")),
 }
+WITH_MORE_OUTPUTS = {
+    "ppo": PolicyLossConfig(value=ValueLossConfig()),
+    "jsd": JSDLossConfig(beta=0.3),
+}
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +64,8 @@ def run(ranks, folders):
         if key not in made:
             settings = LearnerConfig(
                 parallel=parallel, optimizer=OPTIMIZER, micro_batch_tokens=BUDGET, batching=batching)
-            made[key] = ranks.run(train, parallel.world_size, folders[model], settings, LOSSES[loss])
+            made[key] = ranks.run(
+                train, parallel.world_size, folders[model], settings, (LOSSES | WITH_MORE_OUTPUTS)[loss])
         return made[key]
 
     return get
@@ -80,3 +87,12 @@ def test_dense(run, layout, loss, batching):
 @pytest.mark.parametrize("layout", MOE)
 def test_mixture_of_experts(run, layout, loss, batching):
     assert_same_run(run("moe", MOE[layout], loss, batching), run("moe", ONE, loss, "padded")[0])
+
+
+@pytest.mark.parametrize("parallel", [
+    DENSE["tp2"], DENSE["pp2"], DENSE["dp2"],
+    ParallelConfig(world_size=4, tp=2, cp=2, sequence_parallel=True)], ids=["tp2", "pp2", "dp2", "tp2cp2"])
+@pytest.mark.parametrize("loss", WITH_MORE_OUTPUTS)
+def test_value_head_and_candidates(run, loss, parallel):
+    """What a loss may ask of the model besides log-probs: a value for each token, log-probs of other tokens."""
+    assert_same_run(run("tied", parallel, loss, "packed"), run("tied", ONE, loss, "padded")[0])

@@ -30,6 +30,11 @@ def make_batch(seed: int = 0, sequences: int = 7, vocabulary: int = 64) -> Batch
         "teacher_log_probs": [-4 + 0.5 * rng.normal(size=len(t)) for t in tokens],
         "group": [np.int64(i // 3) for i in range(sequences)],
     }
+    columns["values"] = [0.3 * rng.normal(size=len(t)) for t in tokens]
+    columns["returns"] = [values + 0.3 * rng.normal(size=len(values)) for values in columns["values"]]
+    columns["teacher_top_tokens"] = [np.argsort(rng.random((len(t), vocabulary)), -1)[:, :5] for t in tokens]
+    columns["teacher_top_log_probs"] = [
+        np.log(0.9 * p / p.sum(-1, keepdims=True)) for t in tokens for p in [rng.random((len(t), 5))]]
     columns["rollout_log_probs"] = [o + 0.2 * rng.normal(size=len(o)) for o in columns["old_log_probs"]]
     return Batch({"tokens": tokens, **columns})
 
