@@ -86,7 +86,7 @@ class OptimizerConfig(Section):
 
 
 class MoEConfig(Section):
-    """Mixture-of-experts training; without effect on dense models."""
+    """Mixture-of-experts training; its keys are refused for dense models."""
 
     routing_replay: bool = False
     """Use the experts that the rollout engine chose in every pass of the learner (R3, arXiv 2510.11370), and the
