@@ -53,7 +53,8 @@ def plan_blocks(lengths: Sequence[int], ranks: int, tokens: int, cost: Cost, sha
     tokens:   most positions that one rank holds in one micro-batch.
     shape:    of a micro-batch on one rank, packed.
 
-    A sequence takes the least ranks that can hold it. Block sizes descend; each sequence, the longest first, goes to
+    A sequence takes the least ranks that can hold it, so that a block of several ranks holds one: it needs more than
+    half of the room. Block sizes descend; each sequence, the longest first, goes to
     the block of its size with the least work so far (list scheduling, Graham 1966), so that the makespan is at most
     the mean cost of a rank plus the largest cost that one sequence is to one rank. The same lengths in another order
     give the same plan up to their names, and every rank may plan for itself.

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
-from megatron_pbsd.config import LearnerConfig, MoEConfig, ParallelConfig
+from megatron_pbsd import losses
+from megatron_pbsd.batch import Batch
+from megatron_pbsd.config import LearnerConfig, ModelConfig, MoEConfig, ParallelConfig, SFTConfig
 from megatron_pbsd.learner import microbatch
 from megatron_pbsd.learner.blocks import plan_blocks
 from megatron_pbsd.learner.cost import Cost
+from megatron_pbsd.learner.errors import LearnerError
 from tests.distributed.test_layouts import LOSSES, ONE
 from tests.distributed.training import BUDGET, OPTIMIZER, assert_same_run, make_batch, train
 
@@ -72,3 +76,32 @@ def test_mixture_of_experts(ranks, folders, one, layout):
     settings = settings_of(layout, recompute="full", moe=moe)
     found = ranks.run(train, settings.parallel.world_size, folders["glm"], settings, LOSSES["sft"])
     assert_same_run(found, one("glm", "sft", moe))
+
+
+def test_one_sequence_for_all_ranks_or_fewer(ranks, folders):
+    """Ranks outside the sequence's block train on nothing."""
+    alone = LearnerConfig(parallel=ONE, optimizer=OPTIMIZER, micro_batch_tokens=BUDGET)
+    wanted = ranks.run(train, 1, folders["tied"], alone, LOSSES["gspo"], None, "load", 1)[0]
+    length = microbatch.positions(make_batch(sequences=1).lengths[0])
+    for tokens in (-(-length // 8) * 2, -(-length // 4) * 2):
+        settings = settings_of("dp4").model_copy(update={"micro_batch_tokens": tokens})
+        assert_same_run(ranks.run(train, 4, folders["tied"], settings, LOSSES["gspo"], None, "load", 1), wanted)
+
+
+def test_a_sequence_too_long_for_all_ranks_fails_on_all_of_them(ranks, folders):
+    settings = settings_of("dp2").model_copy(update={"micro_batch_tokens": 2})
+    assert ranks.run(error_of_scoring, 2, folders["tied"], settings) == [
+        "learner.micro_batch_tokens = 2 on each of 2 data-parallel ranks is too little for the longest sequence, of 9 "
+        "positions; it must be at least 6"] * 2
+
+
+def error_of_scoring(rank, rendezvous, folder, settings):
+    from megatron_pbsd.learner.learner import Learner
+
+    learner = Learner(rank, rendezvous, ModelConfig(path=str(folder)), settings, losses.build(SFTConfig()), 0, 1)
+    try:
+        with pytest.raises(LearnerError) as caught:
+            learner.log_probs(Batch({"tokens": [np.arange(10), np.arange(3)]}))
+        return str(caught.value)
+    finally:
+        learner.close()

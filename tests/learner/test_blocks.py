@@ -51,6 +51,8 @@ def test_blocks_are_aligned_and_hold_every_sequence_once_within_the_budget(given
             assert column[rank : rank + share.size] == (share,) * share.size
             assert held([lengths[i] for i in share.sequences], share.size, multiple) <= tokens
             assert list(share.sequences) == sorted(share.sequences)
+            # Two that need more than half of the block each cannot be in it together.
+            assert share.size == 1 or len(share.sequences) == 1
             found += share.sequences
             for i in share.sequences:
                 assert share.size == least_ranks(lengths[i], ranks, tokens, multiple)
@@ -113,20 +115,9 @@ def test_an_empty_batch_is_an_error():
 
 
 def test_wide_blocks_come_first_and_short_sequences_level_the_ranks():
-    # 32 takes four ranks, 16 two, the others one: 8, 8 + 8 and, on the ranks without the 16, 8 + 2 * 4.
+    # 32 takes four ranks and 16 two of them; each of the other two has 8 positions left to catch up.
     made = plan_blocks([4, 32, 16, 4, 4, 4], 4, 8, Cost(1.0, 0.0), Shape(packed=True))
     sizes = [[share.size for share in rank] for rank in made.shares]
     assert sizes == [[4, 2], [4, 2], [4, 1], [4, 1]]
     assert made.costs.tolist() == [16.0] * 4
 
-
-def test_sequences_share_a_block():
-    made = plan_blocks([10, 6, 12], 2, 8, Cost(1.0, 0.0), Shape(packed=True))
-    assert [[(share.sequences, share.size) for share in rank] for rank in made.shares] == [
-        [((2,), 2), ((0,), 2), ((1,), 1)], [((2,), 2), ((0,), 2), ((), 1)]]
-    made = plan_blocks([20, 12], 4, 8, Cost(1.0, 0.0), Shape(packed=True))
-    assert [[share.size for share in rank] for rank in made.shares] == [[4, 2], [4, 2], [4, 1], [4, 1]]
-    made = plan_blocks([9, 9, 9], 2, 14, Cost(1.0, 0.0), Shape(packed=True))
-    assert [share.size for share in made.shares[0]] == [1, 1]
-    made = plan_blocks([17, 18, 40], 4, 16, Cost(1.0, 0.0), Shape(packed=True))
-    assert [[share.size for share in rank] for rank in made.shares] == [[4, 2]] * 4
