@@ -6,7 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from megatron_pbsd.algorithms import ALGORITHMS
-from megatron_pbsd.config import DAPOConfig, ParallelConfig, PolicyLossConfig, PPOConfig, RunConfig
+from megatron_pbsd.config import DAPOConfig, LearnerConfig, ParallelConfig, PolicyLossConfig, PPOConfig, RunConfig
 
 MINIMAL = {"name": "n", "steps": 1, "model": {"path": "m"}}
 
@@ -80,3 +80,23 @@ def test_a_context_that_no_micro_batch_holds_is_named():
         RunConfig.model_validate({**run, "learner": {"micro_batch_tokens": 100}})
     RunConfig.model_validate({**run, "learner": {"micro_batch_tokens": 100, "parallel": {
         "world_size": 4, "tp": 1, "cp": 4}}})
+
+
+@pytest.mark.parametrize(("sizes", "message"), [
+    ({"cp": 2}, "needs cp = 1, but it is 2"), ({"pp": 2}, "needs pp = 1, but it is 2"),
+    ({"ep": 2}, "needs ep = 1, but it is 2"),
+    ({"tp": 4}, r"world_size / tp = 4 / 4 is 1; the nearest valid world_size is 8"),
+    ({"world_size": 6, "tp": 2}, r"world_size / tp = 6 / 2 is 3; the nearest valid world_size is 4"),
+], ids=str)
+def test_dynamic_context_parallelism_needs_blocks_of_data_parallel_ranks(sizes, message):
+    with pytest.raises(ValidationError, match=message):
+        ParallelConfig(**{"world_size": 4, "tp": 1, **sizes}, dynamic_cp=True)
+
+
+def test_dynamic_context_parallelism_needs_packing_and_no_balancing_loss():
+    parallel = ParallelConfig(world_size=4, tp=2, dynamic_cp=True)
+    with pytest.raises(ValidationError, match="needs batching = 'packed', which is 'padded'"):
+        LearnerConfig(parallel=parallel, batching="padded")
+    with pytest.raises(ValidationError, match="moe.aux_loss_coefficient = 0.1 needs parallel.dynamic_cp = False"):
+        LearnerConfig(parallel=parallel, moe={"aux_loss_coefficient": 0.1})
+    LearnerConfig(parallel=parallel)

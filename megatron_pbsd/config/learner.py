@@ -23,6 +23,9 @@ class ParallelConfig(Section):
     """Virtual pipeline stages per rank (interleaved schedule); 1 is the plain 1F1B schedule."""
     cp: PositiveInt = 1
     """Context-parallel size: a sequence is divided over this many ranks."""
+    dynamic_cp: bool = False
+    """Divide only sequences longer than learner.micro_batch_tokens, each over the fewest data-parallel ranks that hold
+    it: 2, 4, … dp of them."""
     ep: PositiveInt = 1
     """Expert-parallel size: experts are divided over this many ranks. Mixture-of-experts models only."""
     etp: PositiveInt = 1
@@ -57,9 +60,23 @@ class ParallelConfig(Section):
             problems.append(f"vpp = {self.vpp} needs a pipeline: set pp to 2 or more, or vpp to 1")
         if self.sequence_parallel and self.tp == 1:
             problems.append("sequence_parallel = True needs tp of 2 or more")
+        if self.dynamic_cp:
+            problems += self._against_dynamic_cp()
         if problems:
             raise ValueError("\n".join(problems))
         return self
+
+    def _against_dynamic_cp(self) -> list[str]:
+        problems = [
+            f"dynamic_cp = True needs {name} = 1, but it is {getattr(self, name)}: set it to 1, or dynamic_cp to False"
+            for name in ("cp", "pp", "ep") if getattr(self, name) != 1]
+        if not problems and (self.dp < 2 or self.dp & (self.dp - 1)):
+            valid = [self.tp * 2**n for n in range(1, self.world_size.bit_length() + 1)]
+            nearest = min(valid, key=lambda size: abs(size - self.world_size))
+            problems.append(
+                f"dynamic_cp = True needs dp = 2, 4, 8, …, but world_size / tp = {self.world_size} / {self.tp} is "
+                f"{self.dp}; the nearest valid world_size is {nearest}")
+        return problems
 
 
 class OptimizerConfig(Section):
@@ -128,3 +145,17 @@ class LearnerConfig(Section):
     release_memory: bool = False
     """Give the learner's device memory (parameters, gradients, optimizer state, NCCL buffers) to the engines during
     rollouts; values wait in host memory."""
+
+    @model_validator(mode="after")
+    def _dynamic_cp_is_possible(self) -> LearnerConfig:
+        problems = []
+        if self.parallel.dynamic_cp and self.batching != "packed":
+            problems.append(f"parallel.dynamic_cp = True needs batching = 'packed', which is {self.batching!r}")
+        if self.parallel.dynamic_cp and self.moe.aux_loss_coefficient:
+            problems.append(
+                f"moe.aux_loss_coefficient = {self.moe.aux_loss_coefficient:g} needs parallel.dynamic_cp = False: "
+                "Megatron-core takes this loss over a fixed group of ranks; set it to 0, or balance experts with "
+                "moe.expert_bias_update_rate")
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self

@@ -81,13 +81,14 @@ class RunConfig(Section):
                 f"learner.updates_per_step = {self.learner.updates_per_step} exceeds rollout.prompts_per_step = "
                 f"{self.rollout.prompts_per_step}: a mini-batch needs at least one group")
         learner = self.learner
-        positions = learner.micro_batch_tokens * learner.parallel.cp
+        ranks = "dp" if learner.parallel.dynamic_cp else "cp"
+        size = getattr(learner.parallel, ranks)
+        positions = learner.micro_batch_tokens * size
         if self.algorithm.name != "sft" and self.rollout.max_context - 1 > positions:
             problems.append(
                 f"rollout.max_context = {self.rollout.max_context} does not fit a micro-batch: "
-                f"learner.micro_batch_tokens * learner.parallel.cp = {learner.micro_batch_tokens} * "
-                f"{learner.parallel.cp} = {positions} positions; raise either, or lower max_context to at most "
-                f"{positions + 1}")
+                f"learner.micro_batch_tokens * learner.parallel.{ranks} = {learner.micro_batch_tokens} * {size} = "
+                f"{positions} positions; raise either, or lower max_context to at most {positions + 1}")
         if self.model is not None and self.model.initial_weights == "random":
             reason = ("compares the policy with the model in model.path, from which model.initial_weights = 'random' "
                       "does not start it: set that to 'load', or this to")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -19,13 +20,14 @@ from megatron_pbsd.batch import Batch
 from megatron_pbsd.config import LearnerConfig, ModelConfig
 from megatron_pbsd.learner import fields, metrics, microbatch, state, weights
 from megatron_pbsd.learner.balance import plan
+from megatron_pbsd.learner.blocks import Share, plan_blocks
 from megatron_pbsd.learner.context_parallel import sum_over
 from megatron_pbsd.learner.cost import Cost
 from megatron_pbsd.learner.errors import LearnerError
 from megatron_pbsd.learner.memory import CATEGORIES, DeviceMemory
 from megatron_pbsd.learner.microbatch import MicroBatch, Shape
 from megatron_pbsd.learner.model import Query, build_model, build_optimizer
-from megatron_pbsd.learner.parallel_state import connect, disconnect
+from megatron_pbsd.learner.parallel_state import connect, context_group, disconnect
 from megatron_pbsd.learner.routing import Positions, routers
 from megatron_pbsd.learner.token_table import TokenTable
 from megatron_pbsd.learner.update import Update
@@ -251,33 +253,43 @@ class Learner:
 
     def _micro_batches(self, batch: Batch, columns: Mapping[str, Sequence[np.ndarray]]) -> list[MicroBatch]:
         """This rank's share of the batch; every data-parallel rank has equally many."""
-        parallel = self.config.parallel
-        shape = self._shape
+        experts = bool(self._routers) and self.config.moe.routing_replay and "routed_experts" in batch
+        parts = []
+        for share in self._shares([microbatch.positions(n) for n in batch.lengths]):
+            shape, rank = replace(self._shape, cp=share.size), context_group(share.size).rank()
+            parts.append(microbatch.build(batch, share.sequences, columns, shape, rank, experts))
+        return parts
+
+    def _shares(self, lengths: Sequence[int]) -> list[Share]:
+        """Which of the sequences, `lengths` positions long, this rank's micro-batches hold."""
+        parallel, shape = self.config.parallel, self._shape
+        mine = parallel_state.get_data_parallel_rank()
+        if parallel.dynamic_cp:
+            return plan_blocks(lengths, parallel.dp, self.config.micro_batch_tokens, self._cost, shape).shares[mine]
         # A row is rounded up once more than its sequences are: to what sequence parallelism divides.
         budget = self.config.micro_batch_tokens * parallel.cp // shape.row_multiple * shape.row_multiple
         divided = plan(
-            [microbatch.positions(n) for n in batch.lengths], parallel.dp, budget, self._cost,
+            lengths, parallel.dp, budget, self._cost,
             multiple=shape.granule if shape.packed else shape.row_multiple, padded=not shape.packed,
             micro_batch_multiple=parallel.pp if parallel.vpp > 1 else 1,
             # Experts on other data-parallel ranks are waited for in every micro-batch.
             synchronised=parallel.ep > 1)
-        mine = divided.micro_batches[parallel_state.get_data_parallel_rank()]
-        cp_rank = parallel_state.get_context_parallel_rank()
-        experts = bool(self._routers) and self.config.moe.routing_replay and "routed_experts" in batch
-        return [microbatch.build(batch, part, columns, shape, cp_rank, experts) for part in mine]
+        return [Share(tuple(part), parallel.cp) for part in divided.micro_batches[mine]]
 
     def _packed(self, micro: MicroBatch) -> PackedSeqParams | None:
         if micro.bounds is None:
             return None
         bounds, longest = self._tensor(micro.bounds), int(np.diff(micro.bounds).max())
+        own = {"local_cp_size": micro.cp, "cp_group": context_group(micro.cp) if micro.cp > 1 else None}
         return PackedSeqParams(
-            qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds, max_seqlen_q=longest, max_seqlen_kv=longest)
+            qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds, max_seqlen_q=longest, max_seqlen_kv=longest,
+            **own if self.config.parallel.dynamic_cp else {})
 
     def _positions(self, micro: MicroBatch) -> Positions | None:
         """The routers' view: this rank's positions in [S, B] order, divided by sequence parallelism."""
         if not self._routers:
             return None
-        padding, experts, sharers = micro.padding.T, micro.experts, self._shape.cp * self._shape.multiple
+        padding, experts, sharers = micro.padding.T, micro.experts, micro.cp * self._shape.multiple
         if self._shape.multiple > 1:
             each = len(padding) // self._shape.multiple
             first = parallel_state.get_tensor_model_parallel_rank() * each
@@ -303,7 +315,7 @@ class Learner:
             fields=asked,
             values=answers[2] if "values" in loss.outputs else None,
             candidate_log_probs=answers[first_candidate:].T if "candidates" in loss.outputs else None,
-            over_context=partial(sum_over, group=parallel_state.get_context_parallel_group())))
+            over_context=partial(sum_over, group=context_group(micro.cp))))
         count = len(micro.targets)
         return output.loss, torch.tensor(count, dtype=torch.int32, device=self.device), (count, output)
 

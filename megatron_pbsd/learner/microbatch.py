@@ -53,6 +53,7 @@ class MicroBatch:
     rows, columns:  [N] int64, where the predicted token stands in the batch: sequence and position.
     fields:     name → [N, …], the batch's fields at the predicted tokens.
     trained:    predictions asked for over all context-parallel ranks.
+    cp:         context-parallel ranks that hold a part of this micro-batch.
     experts:    [S, B, layers, K] int16 or None: the experts prescribed for each position, -1 where none are.
     """
 
@@ -67,6 +68,7 @@ class MicroBatch:
     columns: np.ndarray
     fields: dict[str, np.ndarray]
     trained: int
+    cp: int = 1
     experts: np.ndarray | None = None
 
 
@@ -134,6 +136,7 @@ def build(batch: Batch, sequences: Sequence[int], fields: Mapping[str, Sequence[
         # The first token of a sequence is never predicted.
         trained=sum(int(np.count_nonzero(batch["loss_mask"][i][1:])) if "loss_mask" in batch else len(tokens[i]) - 1
                     for i in sequences),
+        cp=shape.cp,
         experts=_experts(batch, sequences, sequence, position, real) if experts else None)
 
 

@@ -18,6 +18,7 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_pbsd import config
+from megatron_pbsd.learner.context_parallel import SelfAttention
 from megatron_pbsd.learner.routing import Positions, Router, RoutingContext, routers
 from megatron_pbsd.losses.log_probs import token_statistics, top_tokens
 from megatron_pbsd.models import Family
@@ -155,6 +156,8 @@ def build_model(
         for layer in specs.layer_specs:
             if hasattr(layer.submodules.mlp.submodules, "router"):
                 layer.submodules.mlp.submodules.router = Router
+            if settings.parallel.dynamic_cp:
+                layer.submodules.self_attention.module = SelfAttention
         chunks.append(PolicyModel(
             config=transformer,
             transformer_layer_spec=specs,

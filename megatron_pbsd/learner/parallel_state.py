@@ -9,6 +9,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_pbsd.config import ParallelConfig
+from megatron_pbsd.learner.blocks import block_sizes
 from megatron_pbsd.models.parameters import RankCoordinates, coordinates
 from megatron_pbsd.platform import Platform
 
@@ -31,10 +32,15 @@ def connect(
         pipeline_model_parallel_size=parallel.pp,
         virtual_pipeline_model_parallel_size=parallel.vpp if parallel.vpp > 1 else None,
         context_parallel_size=parallel.cp,
+        hybrid_context_parallel=parallel.dynamic_cp,
         expert_model_parallel_size=parallel.ep,
         expert_tensor_parallel_size=parallel.etp,
         create_gloo_process_groups=platform.backend != "gloo",
         distributed_timeout_minutes=math.ceil(timeout.total_seconds() / 60))
+    if parallel.dynamic_cp:
+        for size in block_sizes(parallel.dp)[1:]:
+            # Core makes these groups with torch's own timeout.
+            dist.distributed_c10d._set_pg_timeout(timeout, context_group(size))
     at = RankCoordinates(
         tp=parallel_state.get_tensor_model_parallel_rank(),
         cp=parallel_state.get_context_parallel_rank(),
@@ -47,6 +53,14 @@ def connect(
         raise RuntimeError(f"Megatron-core placed rank {rank} at {at}; the parameter map expects "
                            f"{coordinates(parallel, rank)}")
     return at
+
+
+def context_group(cp: int) -> dist.ProcessGroup:
+    """The `cp` ranks that share this rank's micro-batch: its context-parallel group or, with dynamic context
+    parallelism, a block of neighbouring data-parallel ranks."""
+    if cp == parallel_state.get_context_parallel_world_size():
+        return parallel_state.get_context_parallel_group()
+    return parallel_state.get_hybrid_data_context_parallel_groups(group_size=cp)
 
 
 def disconnect() -> None:

@@ -17,6 +17,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+from torch.distributed import ProcessGroup
 
 LONGEST_OVER_SHORTEST = 1.5
 """Packed sequences within this ratio of lengths share one call of the attention kernel, padded to the longest."""
@@ -68,19 +69,21 @@ class CausalAttention(MegatronModule):
         """query [S, B, H, D], key and value [S, B, G, D] with G dividing H; result [S, B, H * D].
 
         Packed: the same without the dimension B. `cu_seqlens_q` bounds the sequences over all context-parallel ranks,
-        of which this rank holds S positions in zigzag order: of 2 cp chunks the r-th and the r-th from the end.
+        of which this rank holds S positions in zigzag order: of 2 cp chunks the r-th and the r-th from the end. These
+        ranks are `packed_seq_params.cp_group`, if it is given.
         """
         if attention_mask is not None or attention_bias is not None:
             raise ValueError("CausalAttention takes no mask and no bias")
-        cp = self.context_group.size()
+        group = self.context_group
         if packed_seq_params is None:
-            lengths = [len(query) * cp]
+            lengths = [len(query) * group.size()]
         else:
+            group = packed_seq_params.cp_group or group
             lengths = packed_seq_params.cu_seqlens_q.diff().tolist()
             query, key, value = (x.unsqueeze(1) for x in (query, key, value))
         query, key, value = (x.transpose(0, 1) for x in (query, key, value))
-        if cp > 1:
-            out = self._divided(query, key, value, lengths)
+        if group.size() > 1:
+            out = self._divided(query, key, value, lengths, group)
         elif len(lengths) == 1:
             out = self._attend(query, key, value, is_causal=True)
         else:
@@ -114,13 +117,14 @@ class CausalAttention(MegatronModule):
         return torch.cat(parts).index_select(0, order)
 
     def _divided(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: Sequence[int]
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: Sequence[int],
+        group: ProcessGroup,
     ) -> torch.Tensor:
-        """Queries of this rank against the keys of all context-parallel ranks."""
-        cp, rank = self.context_group.size(), self.context_group.rank()
+        """Queries of this rank against the keys of all context-parallel ranks, `group`."""
+        cp, rank = group.size(), group.rank()
         gathered = gather_from_sequence_parallel_region(
             torch.cat([key, value], -1).transpose(0, 1).contiguous(), tensor_parallel_output_grad=True,
-            group=self.context_group)
+            group=group)
         key, value = gathered.transpose(0, 1).split(key.shape[-1], -1)
         parts, start, held = [], 0, query.shape[1]
         for length in lengths:
