@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import multiprocessing
 import socket
@@ -22,6 +23,8 @@ class RankFailure(AssertionError):
 def _serve(connection: Connection, path: list[str]) -> None:
     sys.path[:] = path
     torch.set_num_threads(1)
+    # What is imported by now stays: collecting the rest after each call is cheap, and ends the threads of its groups.
+    gc.freeze()
     while True:
         try:
             module, name, args = connection.recv()
@@ -32,6 +35,8 @@ def _serve(connection: Connection, path: list[str]) -> None:
         except Exception:
             result = (False, traceback.format_exc())
         connection.send(result)
+        del result
+        gc.collect()
 
 
 class RankPool:

@@ -28,7 +28,7 @@ from megatron_pbsd.learner.memory import CATEGORIES, DeviceMemory
 from megatron_pbsd.learner.microbatch import MicroBatch, Shape
 from megatron_pbsd.learner.model import Query, build_model, build_optimizer
 from megatron_pbsd.learner.parallel_state import connect, context_group, disconnect
-from megatron_pbsd.learner.routing import Positions, routers
+from megatron_pbsd.learner.routing import Positions, forget_last, routers
 from megatron_pbsd.learner.token_table import TokenTable
 from megatron_pbsd.learner.update import Update
 from megatron_pbsd.learner.watchdog import Watchdog
@@ -189,6 +189,7 @@ class Learner:
 
     def close(self) -> None:
         """Leave the process groups; the learner is unusable afterwards."""
+        forget_last(self._chunks)
         disconnect()
         self._watchdog.close()
 

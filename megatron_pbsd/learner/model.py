@@ -167,6 +167,11 @@ def build_model(
             value_head=value_head,
             vp_stage=stage,
             **family.gpt_model(hf)))
+        for name, parameter in chunks[-1].named_parameters():
+            if ".mlp.experts." in name:
+                # Core takes experts for ordinary parameters when expert parallelism is 1. With etp < tp, ranks that
+                # see different tokens would then keep their gradients to themselves: silently wrong weights.
+                parameter.allreduce = False
     return chunks
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -158,6 +159,15 @@ def moe_layers(config: TransformerConfig) -> list[int]:
     frequency = config.moe_layer_freq
     pattern = frequency if isinstance(frequency, list) else [i % frequency == 0 for i in range(config.num_layers)]
     return [i for i, is_moe in enumerate(pattern) if is_moe]
+
+
+def forget_last(chunks: Iterable[torch.nn.Module]) -> None:
+    """Let go of what dispatchers keep of their last forward pass: its graph leads back to the model, by references
+    that Python's garbage collection does not see, and keeps model and process groups alive for good."""
+    for chunk in chunks:
+        for module in chunk.modules():
+            if isinstance(module, MoELayer):
+                module.token_dispatcher.probs = module.token_dispatcher.routing_map = None
 
 
 def routers(chunks: Iterable[torch.nn.Module]) -> list[Router]:

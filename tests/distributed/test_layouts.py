@@ -33,6 +33,8 @@ DENSE = {
 MOE = {
     "ep2": ParallelConfig(world_size=2, tp=1, ep=2),
     "etp2": ParallelConfig(world_size=2, tp=2, etp=2),
+    "tp2": ParallelConfig(world_size=2, tp=2),
+    "cp2": ParallelConfig(world_size=2, tp=1, cp=2),
     "tp2ep2": ParallelConfig(world_size=4, tp=2, ep=2),
     "ep2etp2": ParallelConfig(world_size=4, tp=2, ep=2, etp=2),
     "ep4": ParallelConfig(world_size=4, tp=1, ep=4),
