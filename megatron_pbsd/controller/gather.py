@@ -11,6 +11,8 @@ from megatron_pbsd.controller.runtime import Client, Future
 
 # When one rank fails, its peers' collectives fail too, and may be heard of first.
 CAUSE_WAIT_S = 0.5
+# Peers that know it was not them have waited already: worth some more to hear of a death, which says it best.
+BLAMED_WAIT_S = 2.0
 
 
 def gather(client: Client, futures: Sequence[Future], *, phase: str, deadline_s: float) -> list[Any]:
@@ -43,7 +45,7 @@ def gather(client: Client, futures: Sequence[Future], *, phase: str, deadline_s:
 
 def _cause(client: Client, error: Exception, pending: Sequence[Future]) -> Exception:
     """The first of the failures, among `error` and those that follow shortly, that the others come from."""
-    end = time.monotonic() + CAUSE_WAIT_S
+    end = time.monotonic() + (BLAMED_WAIT_S if isinstance(error, PeersHung) else CAUSE_WAIT_S)
     while pending:
         done, pending = client.wait(pending, 1, max(0.0, end - time.monotonic()))
         if not done:

@@ -29,6 +29,8 @@ from megatron_pbsd.learner.hang import Answer, Frame, LearnerHung, Report, Silen
 
 ANSWER_S = 3.0
 """A live rank answers within milliseconds, on a crowded machine later; one that has not by now cannot run Python."""
+STUCK_S = 1.5
+"""Python that has not run for this long after a deadline is stuck. Less than `ANSWER_S`: others then read the stack."""
 ASKED_AT_A_TIME = 32
 
 
@@ -207,17 +209,22 @@ class Watchdog:
 
     def _change(self, change: Callable[[], object]) -> None:
         """Enter or leave a phase, and expect the end that is next then."""
-        before = self._ends
         with self._changed:
             change()
-            self._ends = self._phases[-1].ends if self._phases else None
-            if self._ends == before:
-                return
-            self._changed.notify_all()
+            before, self._ends = self._ends, self._phases[-1].ends if self._phases else None
+            if self._ends != before:
+                self._changed.notify_all()
+                self._expect_stacks()
+
+    def _expect_stacks(self) -> None:
+        """Have the stacks written some time after the end of the phase, by a thread that needs no interpreter.
+
+        It is the only one left when native code holds the interpreter's lock. Were others running, reading their stacks
+        from outside could crash the process: `_watch`, if it runs, cancels it at the end.
+        """
         faulthandler.cancel_dump_traceback_later()
         if self._ends is not None:
-            # Written by a thread that needs no interpreter: the only one left when native code holds its lock.
-            faulthandler.dump_traceback_later(max(0.001, self._ends - time.monotonic()), file=self._stacks)
+            faulthandler.dump_traceback_later(max(0.0, self._ends - time.monotonic()) + STUCK_S, file=self._stacks)
 
     def _raise_if_hung(self, phase: Phase, seek: bool = False, cause: Exception | None = None) -> None:
         """The verdict of the watching thread; with `seek`, one of our own when other ranks are at fault."""
@@ -247,6 +254,7 @@ class Watchdog:
                 if phase is None or phase.ends > time.monotonic():
                     self._changed.wait(None if phase is None else phase.ends - time.monotonic())
                     continue
+                faulthandler.cancel_dump_traceback_later()
             with phase.lock:
                 if phase.hung is not None or phase not in self._phases:
                     continue

@@ -95,7 +95,15 @@ def wait_until(condition, watchdog, rank):
 
 
 def hangs(answer):
-    return any(frame.function == "hang" for frame in answer.stack)
+    from megatron_pbsd.learner.hang import Report
+
+    return isinstance(answer, Report) and any(frame.function == "hang" for frame in answer.stack)
+
+
+def waits(answer):
+    from megatron_pbsd.learner.hang import Report
+
+    return isinstance(answer, Report) and answer.waits
 
 
 @pytest.fixture
@@ -235,7 +243,7 @@ def slow(rank, rendezvous):
         def run():
             with watchdog.phase("step", LONG_S / 2):
                 if rank == 1:
-                    wait_until(lambda answer: answer.waits, watchdog, 0)
+                    wait_until(waits, watchdog, 0)
                 collect("all_reduce", group, rank)
 
         return caught(run)[0]
@@ -366,6 +374,26 @@ def test_phases_enclose_others_and_end_no_later(ranks):
     for error in errors:
         assert error.phase == "step/optimizer" and error.verdict.behind == (0,)
         assert error.elapsed_s < LONG_S / 2
+
+
+def expires_often(rank, rendezvous):
+    with world(rank, rendezvous, 1) as (watchdog, _):
+        def calls(depth):
+            if depth:
+                return calls(depth - 1)
+            while watchdog._phases[-1].hung is None:
+                sum(len(str(i)) for i in range(50))
+
+        def run():
+            with watchdog.phase("step", 0.01):
+                calls(30)
+
+        return sum(caught(run)[0] is not None for _ in range(150))
+
+
+def test_a_process_survives_that_its_deadlines_expire_while_it_runs(ranks):
+    """Reading stacks from outside the interpreter while it runs ends it, in one of some hundred times."""
+    assert ranks.run(expires_often, 1) == [150]
 
 
 def hangs_in_its_loss(rank, rendezvous, folder, parallel, pipe):
