@@ -3,7 +3,8 @@
 tokens_per_s        tokens read per second of a GRPO step on exactly on-policy data: one forward and one backward pass
 pbsd_over_grpo      seconds of a PBSD step over those of a GRPO step on the same trajectories: median of paired steps.
                     One forward pass on top of a forward and a backward pass is 4/3; privileged prompts are longer
-padding_waste, balance_over_bound    of the bench 'balance': packed, mean over distributions and ranks
+padding_waste       of the bench 'balance': padded batches, mean over distributions and ranks
+balance_over_bound  of the bench 'balance': packed batches, makespan over its lower bound
 logprob_peak_ratio  of the bench 'log_probs': memory of the chunked function over the naive one
 
 Trajectories are the quickstart's demonstrations, as many as one of its steps trains on; `overrides` change its
