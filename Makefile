@@ -2,7 +2,7 @@
 # make quickstart   train the quickstart; ARGS='--steps 5' overrides any key of its configuration
 # make base-policy  train the policy that the quickstart starts from
 # make test         run the tests; ARGS='tests/launcher -x' goes to pytest
-# make test-layouts run the rest of the layout matrix: every loss at every layout, packed and padded
+# make test-layouts run the rest of the layout matrix: every loss at every layout, and other long suites
 # make lint         style and import contracts
 
 PBSD := .venv/bin/pbsd
@@ -27,7 +27,7 @@ test: env
 	.venv/bin/python -m pytest $(ARGS)
 
 test-layouts: env
-	.venv/bin/python -m pytest -m layouts tests/distributed $(ARGS)
+	.venv/bin/python -m pytest -m layouts $(ARGS)
 
 lint: env
 	.venv/bin/ruff check .

@@ -10,6 +10,7 @@ from tiny_models import make_tiny
 
 from megatron_pbsd.observability.records import read_trajectories
 
+pytestmark = pytest.mark.layouts
 BASE = ROOT / "assets" / "search_qa_base"
 
 
