@@ -1,6 +1,6 @@
 """The order of the data and the dealing of groups, as properties."""
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import numpy as np
 import pytest
@@ -71,6 +71,9 @@ class FakeRun:
     @contextmanager
     def phase(self, name):
         yield
+
+    def engines_alone(self):
+        return nullcontext()
 
     def collect(self, prompts, step, attempt):
         self.attempts.append(attempt)
