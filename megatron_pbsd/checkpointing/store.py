@@ -19,19 +19,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_pbsd.errors import PbsdError
+from megatron_pbsd.checkpointing.errors import CheckpointError
 
 MANIFEST = "manifest.json"
 LATEST = "latest"
 PARTIAL = ".partial"
 FULL_BELOW = 1 << 20
 """Bytes of free space under which a failed write is put down to a full disk."""
-
-
-class CheckpointError(PbsdError):
-    """A checkpoint could not be written, or is not what was written; the message names the file or the sizes."""
-
-    component = "checkpoint"
 
 
 @dataclass(frozen=True)
