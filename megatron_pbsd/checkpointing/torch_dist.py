@@ -4,9 +4,10 @@
     metadata.json   names the format
     common.pt       what is the same on all ranks
     *.distcp        the parts, each as torch.save writes it
+    *.json          what is in the file of that name; only until all are there and .metadata has it
 
-Any number of processes write files of their own; whoever gathers their entries writes the rest. Parts are arbitrary
-boxes: what one layout writes another reads.
+Any number of processes write files of their own; whoever waits for them writes the index. Parts are arbitrary boxes:
+what one layout writes another reads.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,7 @@ class Writer:
     """Writes parts into `folder`/`name`.distcp, which no other process writes."""
 
     def __init__(self, folder: Path, name: str):
-        self.file = f"{name}{SUFFIX}"
+        self._folder, self.name, self.file = folder, name, f"{name}{SUFFIX}"
         self.entries: list[Entry] = []
         self._stream = HashedFile(folder / self.file)
 
@@ -93,9 +94,14 @@ class Writer:
         start, length = self._save(value)
         self.entries.append(Entry(key, self.file, start, length))
 
-    def close(self) -> str:
-        """Sync to disk; the checksum of what was written."""
-        return self._stream.close_synced()
+    def close(self) -> None:
+        """Sync to disk, and then say so in a file beside it."""
+        checksum = self._stream.close_synced()
+        listing = self._folder / f"{self.name}.json"
+        unfinished = listing.with_suffix(".json.new")
+        unfinished.write_text(json.dumps({"checksum": checksum, "entries": [
+            {**asdict(e), "dtype": e.dtype and str(e.dtype).removeprefix("torch.")} for e in self.entries]}))
+        unfinished.rename(listing)
 
     def _save(self, value: Any) -> tuple[int, int]:
         start = self._stream.tell()
@@ -132,25 +138,38 @@ class HashedFile(io.RawIOBase):
         super().close()
 
 
-def write_index(folder: Path, entries: Iterable[Entry], common: Mapping[str, Any]) -> None:
-    """Make the files in `folder` a checkpoint. `common` is what is the same on all ranks."""
-    tensors: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
-    stored = {}
-    for entry in entries:
-        if entry.shape is None:
-            tensors[entry.key], index = BytesStorageMetadata(), MetadataIndex(entry.key)
-        else:
-            offset, size = torch.Size(entry.offset), torch.Size(entry.size)
-            tensor = tensors.setdefault(entry.key, TensorStorageMetadata(
-                TensorProperties(dtype=entry.dtype), torch.Size(entry.shape), []))
-            index = MetadataIndex(entry.key, offset, len(tensor.chunks))
+def unfinished(folder: Path, names: Iterable[str]) -> list[str]:
+    """Those of the writers of these names that have not closed yet."""
+    return [name for name in names if not (folder / f"{name}.json").exists()]
+
+
+def assemble(folder: Path, names: Sequence[str]) -> dict[str, str]:
+    """Make what the writers of these names left in `folder` a checkpoint; file → xxh3_128 of its content, in hex.
+
+    All have closed, and one of them, or the caller, has written `COMMON`.
+    """
+    checksums, tensors, stored = {}, {}, {}
+    for name in names:
+        listing = json.loads((folder / f"{name}.json").read_text())
+        checksums[f"{name}{SUFFIX}"] = listing["checksum"]
+        for entry in listing["entries"]:
+            where = _StorageInfo(entry["file"], entry["start"], entry["length"])
+            if entry["shape"] is None:
+                tensors[entry["key"]] = BytesStorageMetadata()
+                stored[MetadataIndex(entry["key"])] = where
+                continue
+            offset, size = torch.Size(entry["offset"]), torch.Size(entry["size"])
+            tensor = tensors.setdefault(entry["key"], TensorStorageMetadata(
+                TensorProperties(dtype=getattr(torch, entry["dtype"])), torch.Size(entry["shape"]), []))
+            stored[MetadataIndex(entry["key"], offset, len(tensor.chunks))] = where
             tensor.chunks.append(ChunkStorageMetadata(offset, size))
-        stored[index] = _StorageInfo(entry.file, entry.start, entry.length)
-    torch.save(dict(common), folder / COMMON)
-    (folder / METADATA).write_bytes(pickle.dumps(Metadata(tensors, None, stored, StorageMeta())))
-    (folder / BACKEND).write_text(json.dumps({
+    _write_synced(folder / METADATA, pickle.dumps(Metadata(tensors, None, stored, StorageMeta())))
+    _write_synced(folder / BACKEND, json.dumps({
         "sharded_backend": "torch_dist", "sharded_backend_version": 1,
-        "common_backend": "torch", "common_backend_version": 1}))
+        "common_backend": "torch", "common_backend_version": 1}).encode())
+    for name in names:
+        (folder / f"{name}.json").unlink()
+    return checksums
 
 
 @dataclass(frozen=True)
@@ -323,6 +342,20 @@ class _MetadataUnpickler(pickle.Unpickler):
         if module.startswith(self.ALLOWED) or is_dtype or (module, name) in self.NAMES:
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"{module}.{name} has no place in a checkpoint's metadata")
+
+
+def write_common(folder: Path, common: Mapping[str, Any]) -> None:
+    """What is the same on all ranks: plain values and tensors."""
+    data = io.BytesIO()
+    torch.save(dict(common), data)
+    _write_synced(folder / COMMON, data.getvalue())
+
+
+def _write_synced(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _metadata(folder: Path) -> Metadata:
