@@ -253,7 +253,20 @@ class Reader:
         """Keys of parts whose bytes are not those that were written, each with its file."""
         return [f"{self.folder / entry.file}: {entry.key}" + (f" at {entry.offset}" if entry.offset else "")
                 for entry in (*self.objects.values(), *(p for t in self.tensors.values() for p in t.parts))
-                if not self._intact(entry)]
+                if not self.intact(entry)]
+
+    def intact(self, entry: Entry) -> bool:
+        """Whether the bytes of a part, or object, are those that were written."""
+        try:
+            if entry.shape is None:
+                with zipfile.ZipFile(_Slice(self._map(entry.file), entry.start, entry.length)) as opened:
+                    return opened.testzip() is None
+            start, length = self._payload(entry)
+            with memoryview(self._map(entry.file)) as data, data[start : start + length] as values:
+                return zlib.crc32(values) == self._record(entry).CRC
+        except Exception:
+            # What has other bytes than an archive's can fail to be one in any way.
+            return False
 
     def _stored(self, key: str) -> Stored:
         if key not in self.tensors:
@@ -288,17 +301,6 @@ class Reader:
         except (zipfile.BadZipFile, StopIteration, OSError, struct.error) as error:
             raise CheckpointError(
                 f"{self.folder / part.file}: {part.key} at {part.offset} is damaged: {error}") from error
-
-    def _intact(self, entry: Entry) -> bool:
-        try:
-            if entry.shape is None:
-                with zipfile.ZipFile(_Slice(self._map(entry.file), entry.start, entry.length)) as opened:
-                    return opened.testzip() is None
-            start, length = self._payload(entry)
-            with memoryview(self._map(entry.file)) as data, data[start : start + length] as values:
-                return zlib.crc32(values) == self._record(entry).CRC
-        except (CheckpointError, zipfile.BadZipFile):
-            return False
 
 
 class _Slice(io.RawIOBase):
