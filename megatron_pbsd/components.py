@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
+import shutil
+import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_pbsd import credit, losses, summary
-from megatron_pbsd.checkpointing.hf_export import export_hf
-from megatron_pbsd.checkpointing.store import CheckpointStore, read_manifest
+from megatron_pbsd.checkpointing.errors import CheckpointError
+from megatron_pbsd.checkpointing.fsck import LEARNER
+from megatron_pbsd.checkpointing.hf_export import export_checkpoint
+from megatron_pbsd.checkpointing.manifest import Contents, read_manifest
+from megatron_pbsd.checkpointing.store import LATEST, CheckpointStore, complete
 from megatron_pbsd.config import RunConfig
 from megatron_pbsd.controller.runtime import Handle, Runtime, open_runtime
 from megatron_pbsd.environments import Environment, build_environment
 from megatron_pbsd.learner.group import LearnerGroup
 from megatron_pbsd.observability.recorder import Recorder
 from megatron_pbsd.observability.records import TRAJECTORIES
-from megatron_pbsd.prompts import evaluation_requests
+from megatron_pbsd.prompts import check_position, evaluation_requests, position
 from megatron_pbsd.resharding.publication import Publisher
 from megatron_pbsd.rollout.coordinator import CollectStatistics, RolloutRequest, build_coordinator
 from megatron_pbsd.rollout.engine_group import EngineGroup
@@ -31,6 +37,7 @@ if TYPE_CHECKING:
     from megatron_pbsd.learner.learner import Learner
 
 PROBE_SEQUENCES = 4
+EXPORTED = "exported"
 POLL_S = 0.5
 
 
@@ -109,15 +116,48 @@ class Components:
                 requests, step, temperature=config.evaluation.temperature, kind="evaluation")
             return summary.of_evaluation(self.reward(groups))
 
-    def save(self, step: int) -> None:
-        """A checkpoint to resume from; with the last one, the policy in Hugging Face format."""
+    def check(self, metrics: Mapping[str, float], evaluated: bool) -> None:
+        """Raise what has gone wrong with checkpoints in the background, and that the one to choose the best by is no
+        metric: early, while little is lost. `evaluated`: whether `metrics` are of an evaluation too."""
+        self.checkpoints.check()
+        best = self.config.checkpoint.best
+        if best is None or best.metric in metrics or (best.metric.startswith("eval/") and not evaluated):
+            return
+        near = difflib.get_close_matches(best.metric, metrics, 1)
+        raise CheckpointError(
+            f"checkpoint.best.metric = {best.metric!r} is no metric of this run" + (
+                f"; did you mean {near[0]!r}?" if near else f"; it has {', '.join(sorted(metrics))}"))
+
+    def save(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Begin a checkpoint to resume from, which is committed, and exported in Hugging Face format, in the background.
+        What fails there is raised by `check`, the next `save` or the end of the run."""
         # Parameters and two Adam moments; the estimate only has to catch a disk that cannot hold it.
         needed = 3 * int(self.publisher.nbytes)
-        layout = self.config.learner.parallel.model_dump()
-        with self.checkpoints.writing(step, layout, needed) as folder:
-            self.learner.save(str(folder.resolve() / "learner"))
-        if step == self.config.steps and self.config.checkpoint.export_hf:
-            export_hf(self.publisher.published(), Path(self.config.model.path), self.recorder.folder / "exported")
+        contents = Contents(step, self.config.learner.parallel.model_dump(),
+                            {name: float(value) for name, value in metrics.items()}, position(self.config, step))
+        with self.checkpoints.writing(contents, needed, then=self._export(step)) as folder:
+            self.learner.save(str(folder.resolve() / LEARNER))
+
+    def _export(self, step: int) -> Callable[[Path], None] | None:
+        """What exports the policy of this step's checkpoint, if that is asked for."""
+        when, is_last = self.config.checkpoint.export_hf, step == self.config.steps
+        if when == "never" or (when == "final" and not is_last):
+            return None
+        run, origin = self.recorder.folder, Path(self.config.model.path)
+        folder = run / (EXPORTED if is_last else f"{EXPORTED}_step_{step}")
+
+        def export(checkpoint: Path) -> None:
+            try:
+                export_checkpoint(checkpoint / LEARNER, origin, folder)
+            except Exception as error:
+                raise CheckpointError(
+                    f"{checkpoint} is complete, but could not be exported to {folder}: {error}") from error
+            kept = {f"{EXPORTED}_{path.name}" for path in complete(checkpoint.parent)}
+            for old in run.glob(f"{EXPORTED}_step_*"):
+                if old.name not in kept:
+                    shutil.rmtree(old)
+
+        return export
 
 
 def score(environment: Environment, groups: Sequence[Group], tasks: dict) -> list[Group]:
@@ -133,13 +173,15 @@ def score(environment: Environment, groups: Sequence[Group], tasks: dict) -> lis
 
 
 @contextmanager
-def build(config: RunConfig, resume: bool) -> Iterator[Components]:
-    """All components of a run, whose records go to `<runs>/<name>`. `resume` continues from its newest checkpoint."""
+def build(config: RunConfig, resume: str | None) -> Iterator[Components]:
+    """All components of a run, whose records go to `<runs>/<name>`. `resume`: the checkpoint to continue from, None for
+    a new run; the newest one need not exist."""
     folder = config.folder
-    checkpoints = CheckpointStore(folder / "checkpoints", config.checkpoint.keep)
-    newest = checkpoints.newest() if resume else None
-    done = read_manifest(newest).step if newest else 0
     with ExitStack() as stack:
+        # Before the ranks, so that it ends when they have: what they have not written by then it gives up.
+        checkpoints = stack.enter_context(
+            CheckpointStore(folder / "checkpoints", config.checkpoint, config.learner.deadline_s))
+        start, done = _resumed(checkpoints, config, resume)
         recorder = stack.enter_context(Recorder(folder, config.observability, config, done + 1 if done else 0))
         runtime = stack.enter_context(open_runtime(config.runtime, config.folder / "logs", config.ray_port))
         learner, engines = start_learner(runtime, config), start_engines(runtime, config)
@@ -150,13 +192,25 @@ def build(config: RunConfig, resume: bool) -> Iterator[Components]:
         engines.ready()
         if reference is not None:
             reference.ready()
-        if newest is not None:
-            learner.load(str((newest / "learner").resolve()))
+        if start is not None:
+            learner.load(str((start / LEARNER).resolve()))
         publisher = Publisher(learner, engines, _probe(environment, config), config.rollout.probe_tolerance)
         stack.callback(publisher.close)
         rollout = Rollout(runtime, coordinator, config, recorder)
         yield Components(config, recorder, environment, learner, publisher, rollout, reference, checkpoints, done)
+        checkpoints.finish()
         rollout.discard_unscored()
+
+
+def _resumed(checkpoints: CheckpointStore, config: RunConfig, resume: str | None) -> tuple[Path | None, int]:
+    """The checkpoint that a run begins from, and its step."""
+    chosen = None if resume is None else checkpoints.newest() if resume == LATEST else checkpoints.select(resume)
+    if chosen is None:
+        return None, 0
+    contents = read_manifest(chosen).contents
+    if note := check_position(contents.position, config, contents.step):
+        print(f"pbsd: {note}", file=sys.stderr)
+    return chosen, contents.step
 
 
 def start_learner(runtime: Runtime, config: RunConfig) -> LearnerGroup:

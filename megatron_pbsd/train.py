@@ -21,8 +21,11 @@ from megatron_pbsd.prompts import informative, mini_batches, requests
 from megatron_pbsd.trajectory import Group
 
 
-def main(config: RunConfig, resume: bool = False) -> None:
-    """Run `config` to its last step. Failures derive from `errors.PbsdError` and name the component at fault."""
+def main(config: RunConfig, resume: str | None = None) -> None:
+    """Run `config` to its last step, from the checkpoint `resume` (`step_40`, `latest`, `best`) if given.
+
+    Failures derive from `errors.PbsdError` and name the component at fault.
+    """
     train = train_supervised if config.algorithm.name == "sft" else train_with_rewards
     with build(config, resume) as run:
         train(run)
@@ -98,9 +101,10 @@ def finish(run: Components, step: int, metrics: dict[str, float]) -> None:
             metrics |= run.publisher.publish(step)
     if evaluating:
         metrics |= run.evaluate(step)
+    run.check(metrics, evaluating)
     if saving:
         with recorder.phase("checkpoint"):
-            run.save(step)
+            run.save(step, metrics)
     recorder.log(step, metrics)
 
 

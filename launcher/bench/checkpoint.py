@@ -26,13 +26,13 @@ from typing import Any
 
 import torch
 
-from megatron_pbsd.errors import UsageError
 from megatron_pbsd.checkpointing.errors import CheckpointError
 from megatron_pbsd.checkpointing.fsck import LEARNER, examine
 from megatron_pbsd.checkpointing.manifest import Contents, read_manifest
 from megatron_pbsd.checkpointing.store import CheckpointStore, complete, step_of
 from megatron_pbsd.checkpointing.torch_dist import Reader, Writer, write_common
 from megatron_pbsd.config import CheckpointConfig
+from megatron_pbsd.errors import UsageError
 
 TRIALS, RANKS = 50, 2
 TENSORS, ROWS, COLUMNS = 3, 64, 64

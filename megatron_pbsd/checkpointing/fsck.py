@@ -56,7 +56,8 @@ def gaps(reader: Reader) -> list[str]:
             if any(s.stop > n for s, n in zip(part.box, stored.shape)) or len(part.box) != len(stored.shape):
                 problems.append(f"{named} has a part at {part.offset} of size {part.size} in {part.file}, outside it")
         for a, b in _overlapping(stored.parts):
-            problems.append(f"{named} has the same elements twice: at {a.offset} in {a.file}, at {b.offset} in {b.file}")
+            problems.append(
+                f"{named} has the same elements twice: at {a.offset} in {a.file}, at {b.offset} in {b.file}")
         missing = prod(stored.shape) - sum(prod(part.size) for part in stored.parts)
         if missing > 0:
             problems.append(f"{named} lacks {missing} of {prod(stored.shape)} elements")

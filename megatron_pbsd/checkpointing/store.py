@@ -106,12 +106,12 @@ class CheckpointStore:
         self, contents: Contents, expected_bytes: int, writers: Sequence[str] = (),
         then: Callable[[Path], None] | None = None,
     ) -> Iterator[Path]:
-        """A folder to write into. When the block has ended and the writers have closed it becomes the newest checkpoint.
+        """A folder to write into; after the block, and when the writers have closed, it becomes the newest checkpoint.
 
         That happens in the background, one checkpoint after the other: this waits until the one before is committed.
         expected_bytes: estimate of what will be written; less free space is a CheckpointError before anything is.
-        writers:        names of the `torch_dist.Writer`s that the block starts in the folder's `LEARNER`; one that fails
-                        says why in a file `<name>.failed`.
+        writers:        names of the `torch_dist.Writer`s that the block starts in the folder's `LEARNER`; one that
+                        fails says why in a file `<name>.failed`.
         then:           is given the committed checkpoint, in the background, before the next one can replace it.
 
         What fails later is a CheckpointError of the next call, and leaves the previous checkpoint the newest.

@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
-import torch
 
 from megatron_pbsd.batch import Batch
 from megatron_pbsd.errors import PbsdError
@@ -94,10 +93,6 @@ class Publisher:
     def nbytes(self) -> int:
         """Size of the published weights."""
         return self._manifest.nbytes
-
-    def published(self) -> dict[str, torch.Tensor]:
-        """The weights of the last publication, as views into the segment."""
-        return attach(self._manifest)
 
     def close(self) -> None:
         self._segment.close()

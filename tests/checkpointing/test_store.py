@@ -73,7 +73,7 @@ def test_write_and_read_back(tmp_path):
     for name, record in manifest.files.items():
         assert record.checksum == xxhash.xxh3_128((path / name).read_bytes()).hexdigest(), name
     assert names(tmp_path / "checkpoints") == ["latest", "step_3"]
-    assert manifest.nbytes == sum(p.stat().st_size for p in path.rglob("*") if p.is_file() and p.name != "manifest.json")
+    assert manifest.nbytes == sum((path / name).stat().st_size for name in manifest.files)
 
 
 def test_the_caller_goes_on_while_writers_write_and_the_next_one_waits(tmp_path):
@@ -176,7 +176,7 @@ def test_a_run_that_ends_early_gives_up_what_is_not_written_and_keeps_what_is(tm
 def test_another_live_run_is_left_alone(tmp_path):
     with open_store(tmp_path) as store:
         with store.writing(Contents(1), 0) as partial:
-            with pytest.raises(UsageError, match=rf"another run writes its checkpoints here \(process {os.getpid()} on"):
+            with pytest.raises(UsageError, match=rf"another run writes .* \(process {os.getpid()} on"):
                 CheckpointStore(tmp_path, CheckpointConfig(), 1.0).__enter__()
             assert partial.is_dir()
             (partial / "run.json").write_text("{}")
@@ -319,13 +319,13 @@ def test_other_os_errors_are_not_renamed(tmp_path):
 FILE_OPERATIONS = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.scandir")
 
 
-def save_and_die(folder, step, generation, operation, survived):
+def save_and_die(folder, step, operation, survived):
     """SIGKILL before file operation number `operation` of what follows the ranks' writing."""
     with open_store(folder, keep=1, best={"metric": "m", "direction": "min"}) as store:
-        with store.writing(Contents(step, {}, {"m": float(step)}, {"generation": generation}), 0, WRITERS) as partial:
+        with store.writing(Contents(step, {}, {"m": float(step)}, {"generation": operation}), 0, WRITERS) as partial:
             (partial / LEARNER).mkdir()
             for rank in range(RANKS):
-                write_part(partial / LEARNER, rank, step, generation)
+                write_part(partial / LEARNER, rank, step, generation=operation)
             number = itertools.count(1)
             sys.addaudithook(lambda event, _: event in FILE_OPERATIONS and next(number) == operation
                              and os.kill(os.getpid(), signal.SIGKILL))
@@ -336,13 +336,12 @@ def save_and_die(folder, step, generation, operation, survived):
 @pytest.mark.parametrize("repeated", [False, True], ids=["next step", "same step"])
 def test_a_kill_before_any_file_operation_leaves_a_right_newest_checkpoint(tmp_path, repeated):
     """The driver dies before the first, second, third … thing that committing does to the file system."""
-    survived, step, generation = PROCESSES.Event(), 1, 0
+    survived, step = PROCESSES.Event(), 1
     with open_store(tmp_path) as store:
         save(store, 1, metrics={"m": 0.0})
     for operation in itertools.count(1):
-        generation += 1
         following = step if repeated else step + 1
-        driver = PROCESSES.Process(target=save_and_die, args=(tmp_path, following, generation, operation, survived))
+        driver = PROCESSES.Process(target=save_and_die, args=(tmp_path, following, operation, survived))
         driver.start()
         driver.join()
         with open_store(tmp_path) as store:
