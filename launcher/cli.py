@@ -90,7 +90,7 @@ def parser() -> argparse.ArgumentParser:
             ("list", "which checkpoints there are, and why", _checkpoint_list),
             ("verify", "compare every file and tensor with what was written", _checkpoint_verify)):
         action = command(actions, name, summary, run)
-        action.add_argument("folder", metavar="RUN_OR_FOLDER", help="a run's folder, one of checkpoints, or one of them")
+        action.add_argument("folder", metavar="RUN_OR_FOLDER", help="a run's folder, its checkpoints, or one of these")
         action.add_argument("--json", action="store_true", help="print one line")
 
     bench = command(commands, "bench", "measure one part", _bench, epilog=overrides)

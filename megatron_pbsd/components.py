@@ -129,7 +129,7 @@ class Components:
                 f"; did you mean {near[0]!r}?" if near else f"; it has {', '.join(sorted(metrics))}"))
 
     def save(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Begin a checkpoint to resume from, which is committed, and exported in Hugging Face format, in the background.
+        """Begin a checkpoint to resume from; in the background it is committed, and exported in Hugging Face format.
         What fails there is raised by `check`, the next `save` or the end of the run."""
         # Parameters and two Adam moments; the estimate only has to catch a disk that cannot hold it.
         needed = 3 * int(self.publisher.nbytes)
