@@ -115,7 +115,7 @@ class Components:
         needed = 3 * int(self.publisher.nbytes)
         layout = self.config.learner.parallel.model_dump()
         with self.checkpoints.writing(step, layout, needed) as folder:
-            self.learner.save(str(folder.resolve() / "learner"))
+            self.learner.save(str(folder.resolve() / "learner"), wait=True)
         if step == self.config.steps and self.config.checkpoint.export_hf:
             export_hf(self.publisher.published(), Path(self.config.model.path), self.recorder.folder / "exported")
 

@@ -182,6 +182,9 @@ class Learner:
         with self._phase("save", WEIGHTS_AND_STATE):
             state.save(folder, self._chunks, self._optimizer, self._scheduler, self.platform)
 
+    def saved(self) -> None:
+        """Wait until what `save` began is on disk."""
+
     def load(self, folder: str) -> None:
         """Inverse of `save`. LearnerError when there is nothing to load."""
         with self._phase("load", WEIGHTS_AND_STATE):
