@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_pbsd import credit, losses, summary
 from megatron_pbsd.checkpointing.hf_export import export_hf
 from megatron_pbsd.checkpointing.store import CheckpointStore, read_manifest
+from megatron_pbsd.checkpointing.torch_dist import assemble, writer_name
 from megatron_pbsd.config import RunConfig
 from megatron_pbsd.controller.runtime import Handle, Runtime, open_runtime
 from megatron_pbsd.environments import Environment, build_environment
@@ -116,6 +117,7 @@ class Components:
         layout = self.config.learner.parallel.model_dump()
         with self.checkpoints.writing(step, layout, needed) as folder:
             self.learner.save(str(folder.resolve() / "learner"), wait=True)
+            assemble(folder / "learner", [writer_name(rank) for rank in range(layout["world_size"])])
         if step == self.config.steps and self.config.checkpoint.export_hf:
             export_hf(self.publisher.published(), Path(self.config.model.path), self.recorder.folder / "exported")
 
