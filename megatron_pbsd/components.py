@@ -19,6 +19,7 @@ from megatron_pbsd.checkpointing.fsck import LEARNER
 from megatron_pbsd.checkpointing.hf_export import export_checkpoint
 from megatron_pbsd.checkpointing.manifest import Contents, read_manifest
 from megatron_pbsd.checkpointing.store import LATEST, CheckpointStore, complete
+from megatron_pbsd.checkpointing.torch_dist import writer_name
 from megatron_pbsd.config import RunConfig
 from megatron_pbsd.controller.runtime import Handle, Runtime, open_runtime
 from megatron_pbsd.environments import Environment, build_environment
@@ -133,10 +134,12 @@ class Components:
         What fails there is raised by `check`, the next `save` or the end of the run."""
         # Parameters and two Adam moments; the estimate only has to catch a disk that cannot hold it.
         needed = 3 * int(self.publisher.nbytes)
-        contents = Contents(step, self.config.learner.parallel.model_dump(),
-                            {name: float(value) for name, value in metrics.items()}, position(self.config, step))
-        with self.checkpoints.writing(contents, needed, then=self._export(step)) as folder:
-            self.learner.save(str(folder.resolve() / LEARNER))
+        layout = self.config.learner.parallel.model_dump()
+        ranks = [writer_name(rank) for rank in range(layout["world_size"])]
+        contents = Contents(
+            step, layout, {name: float(value) for name, value in metrics.items()}, position(self.config, step))
+        with self.checkpoints.writing(contents, needed, ranks, then=self._export(step)) as folder:
+            self.learner.save(str(folder.resolve() / LEARNER), wait=False)
 
     def _export(self, step: int) -> Callable[[Path], None] | None:
         """What exports the policy of this step's checkpoint, if that is asked for."""
@@ -198,6 +201,7 @@ def build(config: RunConfig, resume: str | None) -> Iterator[Components]:
         stack.callback(publisher.close)
         rollout = Rollout(runtime, coordinator, config, recorder)
         yield Components(config, recorder, environment, learner, publisher, rollout, reference, checkpoints, done)
+        learner.saved()
         checkpoints.finish()
         rollout.discard_unscored()
 

@@ -30,7 +30,7 @@ from megatron_pbsd.checkpointing.errors import CheckpointError
 from megatron_pbsd.checkpointing.fsck import LEARNER, examine
 from megatron_pbsd.checkpointing.manifest import Contents, read_manifest
 from megatron_pbsd.checkpointing.store import CheckpointStore, complete, step_of
-from megatron_pbsd.checkpointing.torch_dist import Reader, Writer, write_common
+from megatron_pbsd.checkpointing.torch_dist import Reader, Writer, write_common, writer_name
 from megatron_pbsd.config import CheckpointConfig
 from megatron_pbsd.errors import UsageError
 
@@ -97,7 +97,7 @@ def save_until_killed(folder: Path, first: int, generation: int, reports: Connec
         reports.send([pid for pid, _ in ranks])
         for step in count(first):
             contents = Contents(step, metrics={"m": float(step % 7)}, position={"generation": generation})
-            with store.writing(contents, 0, [f"__{rank}_0" for rank in range(RANKS)]) as partial:
+            with store.writing(contents, 0, [writer_name(rank) for rank in range(RANKS)]) as partial:
                 # Whoever may write has had the checkpoint before committed.
                 if step > first:
                     reports.send(step - 1)
@@ -124,7 +124,7 @@ def write_part(folder: Path, rank: int, step: int, generation: int) -> None:
     """A rank's rows of every tensor."""
     if rank == 0:
         write_common(folder, {"step": step, "generation": generation})
-    writer, each = Writer(folder, f"__{rank}_0"), ROWS // RANKS
+    writer, each = Writer(folder, writer_name(rank)), ROWS // RANKS
     for k in range(TENSORS):
         part = saved(k, step, generation)[rank * each : (rank + 1) * each]
         writer.tensor(f"tensor.{k}", (ROWS, COLUMNS), (rank * each, 0), part)

@@ -42,7 +42,7 @@ from megatron_pbsd.checkpointing.manifest import (
     write_synced,
 )
 from megatron_pbsd.checkpointing.retention import Candidate, best, reasons
-from megatron_pbsd.checkpointing.torch_dist import Reader, assemble, unfinished
+from megatron_pbsd.checkpointing.torch_dist import Reader, assemble, failures, unfinished
 from megatron_pbsd.config import CheckpointConfig
 from megatron_pbsd.errors import UsageError
 
@@ -50,7 +50,6 @@ LATEST = "latest"
 BEST = "best"
 PARTIAL = ".partial"
 REPLACED = ".replaced"
-FAILED = ".failed"
 LOCK = ".lock"
 FULL_BELOW = 1 << 20
 """Bytes of free space under which a failed write is put down to a full disk."""
@@ -111,7 +110,7 @@ class CheckpointStore:
         That happens in the background, one checkpoint after the other: this waits until the one before is committed.
         expected_bytes: estimate of what will be written; less free space is a CheckpointError before anything is.
         writers:        names of the `torch_dist.Writer`s that the block starts in the folder's `LEARNER`; one that
-                        fails says why in a file `<name>.failed`.
+                        fails has it reported there (`torch_dist.report_failure`).
         then:           is given the committed checkpoint, in the background, before the next one can replace it.
 
         What fails later is a CheckpointError of the next call, and leaves the previous checkpoint the newest.
@@ -197,10 +196,9 @@ class CheckpointStore:
         began = heard = time.monotonic()
         size = 0
         while missing := unfinished(folder, draft.writers):
-            if failed := [name for name in missing if (folder / f"{name}{FAILED}").exists()]:
+            if failed := failures(folder, missing):
                 raise CheckpointError("; ".join(
-                    f"{folder / name} was not written: {(folder / f'{name}{FAILED}').read_text().strip()}"
-                    for name in failed))
+                    f"{folder / name} was not written: {reason.strip()}" for name, reason in failed.items()))
             now, written = time.monotonic(), sum(path.stat().st_size for path in folder.glob("*.distcp"))
             heard, size = (now, written) if written != size else (heard, size)
             if now - heard > self.deadline_s:

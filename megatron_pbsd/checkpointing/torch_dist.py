@@ -5,6 +5,7 @@
     common.pt       what is the same on all ranks
     *.distcp        the parts, each as torch.save writes it
     *.json          what is in the file of that name; only until all are there and .metadata has it
+    *.failed        why the writer of that name gave up
 
 Any number of processes write files of their own; whoever waits for them writes the index. Parts are arbitrary boxes:
 what one layout writes another reads.
@@ -12,6 +13,7 @@ what one layout writes another reads.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import io
 import json
@@ -136,6 +138,23 @@ class HashedFile(io.RawIOBase):
     def close(self) -> None:
         self._file.close()
         super().close()
+
+
+def writer_name(rank: int) -> str:
+    """Of the writer that is this rank; its files are named as Megatron-core names them."""
+    return f"__{rank}_0"
+
+
+def report_failure(folder: Path, name: str, reason: str) -> None:
+    """Say that the writer `name` gave up; best effort, as a full disk may hold no reason either."""
+    with contextlib.suppress(OSError):
+        (folder / f"{name}.failed").write_text(reason)
+
+
+def failures(folder: Path, names: Iterable[str]) -> dict[str, str]:
+    """Name → reason of those of the writers of these names that have given up."""
+    reasons = {name: folder / f"{name}.failed" for name in names}
+    return {name: path.read_text() for name, path in reasons.items() if path.exists()}
 
 
 def unfinished(folder: Path, names: Iterable[str]) -> list[str]:

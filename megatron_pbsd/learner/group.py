@@ -60,8 +60,18 @@ class LearnerGroup(Group):
         """Tensors that some rank finds published with other bytes than it holds."""
         return list(dict.fromkeys(name for names in self.call("differing", manifest) for name in names))
 
-    def save(self, folder: str) -> None:
+    def save(self, folder: str, wait: bool) -> None:
+        """Every rank's part of a checkpoint into `folder`; `torch_dist.assemble` makes it one once all are there.
+
+        wait: until they are; otherwise the ranks write while they go on (`torch_dist.unfinished`, `failures`).
+        """
         self.call("save", folder)
+        if wait:
+            self.saved()
+
+    def saved(self) -> None:
+        """Wait until what the last `save` began is on disk."""
+        self.call("saved")
 
     def load(self, folder: str) -> None:
         self.call("load", folder)

@@ -24,11 +24,11 @@ from megatron_pbsd.checkpointing.errors import CheckpointError
 from megatron_pbsd.checkpointing.fsck import LEARNER, examine
 from megatron_pbsd.checkpointing.manifest import Contents, read_manifest
 from megatron_pbsd.checkpointing.store import CheckpointStore, complete
-from megatron_pbsd.checkpointing.torch_dist import Reader, Writer, write_common
+from megatron_pbsd.checkpointing.torch_dist import Reader, Writer, report_failure, write_common, writer_name
 from megatron_pbsd.config import CheckpointConfig
 from megatron_pbsd.errors import UsageError
 
-WRITERS = [f"__{rank}_0" for rank in range(RANKS)]
+WRITERS = [writer_name(rank) for rank in range(RANKS)]
 PROCESSES = multiprocessing.get_context("fork")
 
 
@@ -135,7 +135,7 @@ def test_a_writer_that_fails_is_named_at_the_next_call(tmp_path):
         save(store, 1)
         with store.writing(Contents(2), 0, WRITERS) as partial:
             (partial / LEARNER).mkdir()
-            (partial / LEARNER / "__1_0.failed").write_text("OSError: [Errno 5] Input/output error\n")
+            report_failure(partial / LEARNER, "__1_0", "OSError: [Errno 5] Input/output error")
         with pytest.raises(CheckpointError, match=r"__1_0 was not written: OSError: \[Errno 5\]"):
             store.finish()
         assert store.newest().name == "step_1"
@@ -275,7 +275,7 @@ def write_or_say_why(folder, rank, step, limit=None):
     try:
         write_part(folder, rank, step, 0)
     except OSError as error:
-        (folder / f"__{rank}_0.failed").write_text(str(error)[:100])
+        report_failure(folder, writer_name(rank), str(error))
 
 
 def test_a_disk_that_fills_up_under_the_ranks(tmp_path):

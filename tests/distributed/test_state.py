@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from megatron_pbsd import losses
+from megatron_pbsd.checkpointing.torch_dist import assemble, writer_name
 from megatron_pbsd.config import LearnerConfig, ModelConfig, ParallelConfig, SFTConfig
 from tests.distributed.test_layouts import DENSE, MOE, ONE
 from tests.distributed.training import OPTIMIZER, STEPS, make_batch, published
@@ -29,11 +32,22 @@ def run(rank, rendezvous, folder, layout, load_from, save_to, seed=3):
         else:
             for k in range(STEPS):
                 learner.step(make_batch(k))
-            learner.save(save_to)
+            save(learner, rank, save_to, LAYOUTS[layout].world_size)
         metrics = [learner.step(make_batch(k)).metrics for k in range(STEPS, 2 * STEPS)]
         return metrics, published(learner, rank), learner.platform.rng_state()
     finally:
         learner.close()
+
+
+def save(learner, rank, folder, world_size):
+    import torch.distributed as dist
+
+    learner.save(folder)
+    learner.saved()
+    dist.barrier()
+    if rank == 0:
+        assemble(Path(folder), [writer_name(r) for r in range(world_size)])
+    dist.barrier()
 
 
 @pytest.fixture(scope="module")
