@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
+import json
 import shutil
 import sys
 import warnings
@@ -18,6 +18,7 @@ from megatron_pbsd.checkpointing.errors import CheckpointError
 from megatron_pbsd.checkpointing.fsck import LEARNER
 from megatron_pbsd.checkpointing.hf_export import export_checkpoint
 from megatron_pbsd.checkpointing.manifest import Contents, read_manifest
+from megatron_pbsd.checkpointing.retention import unknown
 from megatron_pbsd.checkpointing.store import LATEST, CheckpointStore, complete
 from megatron_pbsd.checkpointing.torch_dist import writer_name
 from megatron_pbsd.config import RunConfig
@@ -32,7 +33,8 @@ from megatron_pbsd.rollout.coordinator import CollectStatistics, RolloutRequest,
 from megatron_pbsd.rollout.engine_group import EngineGroup
 from megatron_pbsd.rollout.engines.host import EngineHost
 from megatron_pbsd.rollout.engines.protocol import Engine
-from megatron_pbsd.trajectory import Group
+from megatron_pbsd.rollout.sink import taken_up
+from megatron_pbsd.trajectory import Group, Trajectory
 
 if TYPE_CHECKING:
     from megatron_pbsd.learner.learner import Learner
@@ -43,25 +45,35 @@ POLL_S = 0.5
 
 
 class Rollout:
-    """The coordinator as the driver sees it: blocks until the groups are there, and shows progress meanwhile."""
+    """The coordinator as the driver sees it: blocks until the groups are there, and shows progress meanwhile.
 
-    def __init__(self, runtime: Runtime, coordinator: Handle, config: RunConfig, recorder: Recorder):
+    publisher: whose weights the engines have.
+    """
+
+    def __init__(self, runtime: Runtime, coordinator: Handle, config: RunConfig, recorder: Recorder,
+                 publisher: Publisher):
         self._runtime, self._coordinator, self._config, self._recorder = runtime, coordinator, config, recorder
+        self._publisher = publisher
+        self._taken_up: list[Trajectory] = []
 
     def collect(self, requests: Sequence[RolloutRequest], step: int, *, temperature: float | None = None,
                 kind: str = "step", attempt: int = 0) -> tuple[list[Group], CollectStatistics]:
         """Unscored groups in the order of `requests`, and what the engines did.
 
         Finished trajectories are in `trajectories/<kind>_<step>.unscored.jsonl` until a rollout begins that is not a
-        further attempt of the same step.
+        further attempt of the same step. What a run that died had finished of this rollout, with the same weights, is
+        not generated again.
         """
-        if attempt == 0:
-            self.discard_unscored()
         sink = self._recorder.folder / TRAJECTORIES / f"{kind}_{step:06d}.unscored.jsonl"
+        sampling = {
+            "seed": self._config.seed,
+            "routed_experts": self._config.learner.moe.routing_replay and kind == "step",
+            "temperature": self._config.rollout.temperature if temperature is None else temperature}
+        if attempt == 0:
+            self.discard_unscored(but=sink.stem)
+            self._taken_up = taken_up(sink, self._origin(sampling))
         call = self._coordinator.call(
-            "collect", requests, step=step, seed=self._config.seed, sink=sink.resolve(),
-            routed_experts=self._config.learner.moe.routing_replay and kind == "step",
-            temperature=self._config.rollout.temperature if temperature is None else temperature)
+            "collect", requests, step=step, sink=sink.resolve(), finished=self._taken_up, **sampling)
         # The coordinator has a deadline for each engine call; here only its own death can be news.
         while not self._runtime.wait([call], timeout=POLL_S)[0]:
             progress = self._runtime.result(self._coordinator.observe("progress"))
@@ -69,10 +81,17 @@ class Rollout:
         groups = self._runtime.result(call)
         return groups, self._runtime.result(self._coordinator.call("statistics"))
 
-    def discard_unscored(self) -> None:
+    def _origin(self, sampling: Mapping[str, Any]) -> str:
+        """All that decides how trajectories turn out, besides their prompts, which they have with them."""
+        limits = self._config.rollout.model_dump(include={"max_turns", "max_turn_tokens", "max_context"})
+        return json.dumps({"weights": self._publisher.published, **sampling, **limits,
+                           "environment": self._config.environment.model_dump(mode="json")}, sort_keys=True)
+
+    def discard_unscored(self, but: str = "") -> None:
         """What the last rollout wrote has since been recorded with its scores."""
-        for path in (self._recorder.folder / TRAJECTORIES).glob("*.unscored.jsonl"):
-            path.unlink()
+        for path in (self._recorder.folder / TRAJECTORIES).glob("*.unscored.*"):
+            if path.stem != but:
+                path.unlink()
 
 
 @dataclass
@@ -122,12 +141,9 @@ class Components:
         metric: early, while little is lost. `evaluated`: whether `metrics` are of an evaluation too."""
         self.checkpoints.check()
         best = self.config.checkpoint.best
-        if best is None or best.metric in metrics or (best.metric.startswith("eval/") and not evaluated):
-            return
-        near = difflib.get_close_matches(best.metric, metrics, 1)
-        raise CheckpointError(
-            f"checkpoint.best.metric = {best.metric!r} is no metric of this run" + (
-                f"; did you mean {near[0]!r}?" if near else f"; it has {', '.join(sorted(metrics))}"))
+        due = best is not None and (evaluated or not best.metric.startswith("eval/"))
+        if due and (problem := unknown(best, metrics)):
+            raise CheckpointError(problem)
 
     def save(self, step: int, metrics: Mapping[str, float]) -> None:
         """Begin a checkpoint to resume from; in the background it is committed, and exported in Hugging Face format.
@@ -199,7 +215,7 @@ def build(config: RunConfig, resume: str | None) -> Iterator[Components]:
             learner.load(str((start / LEARNER).resolve()))
         publisher = Publisher(learner, engines, _probe(environment, config), config.rollout.probe_tolerance)
         stack.callback(publisher.close)
-        rollout = Rollout(runtime, coordinator, config, recorder)
+        rollout = Rollout(runtime, coordinator, config, recorder, publisher)
         yield Components(config, recorder, environment, learner, publisher, rollout, reference, checkpoints, done)
         learner.saved()
         checkpoints.finish()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -39,3 +40,12 @@ def best(candidates: Sequence[Candidate], asked: BestConfig) -> Candidate | None
     measured = [c for c in candidates if math.isfinite(c.metrics.get(asked.metric, math.nan))]
     sign = 1 if asked.direction == "max" else -1
     return max(measured, key=lambda c: sign * c.metrics[asked.metric], default=None)
+
+
+def unknown(asked: BestConfig, metrics: Mapping[str, float]) -> str | None:
+    """What is wrong if `metrics`, all of a step, do not have the one that is asked for."""
+    if asked.metric in metrics:
+        return None
+    near = difflib.get_close_matches(asked.metric, metrics, 1)
+    return f"checkpoint.best.metric = {asked.metric!r} is no metric of this run" + (
+        f"; did you mean {near[0]!r}?" if near else f"; it has {', '.join(sorted(metrics))}")

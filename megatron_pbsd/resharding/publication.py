@@ -10,6 +10,8 @@ Each publication is checked three times, from cheap and exact to complete:
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -59,6 +61,8 @@ class Publisher:
         tensors = source.tensors()
         self._segment = Segment(layout("", tensors).nbytes)
         self._manifest = layout(self._segment.name, tensors)
+        self.published = ""
+        """Digest of the weights that were last published, all of them; empty before."""
 
     def publish(self, version: int) -> dict[str, float]:
         """Move the newest weights to every engine as `version`. Metrics: weights/probe_max_abs (nats), weights/bytes.
@@ -73,6 +77,7 @@ class Publisher:
         for engine, held in zip(self._target.names, self._target.checksums(), strict=True):
             if wrong := [name for name, value in published.items() if held.get(name) != value]:
                 raise PublicationError(f"version {version}: {engine} holds other bytes than the learner in {wrong}")
+        self.published = hashlib.blake2b(json.dumps(published, sort_keys=True).encode(), digest_size=16).hexdigest()
         return {"weights/probe_max_abs": self._compare(version), "weights/bytes": float(self._manifest.nbytes)}
 
     def _compare(self, version: int) -> float:

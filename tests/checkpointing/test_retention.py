@@ -6,8 +6,8 @@ import math
 
 from hypothesis import given, strategies as st
 
-from megatron_pbsd.checkpointing.retention import Candidate, best, reasons
-from megatron_pbsd.config import CheckpointConfig
+from megatron_pbsd.checkpointing.retention import Candidate, best, reasons, unknown
+from megatron_pbsd.config import BestConfig, CheckpointConfig
 
 VALUES = st.one_of(st.none(), st.sampled_from([math.nan, math.inf]), st.integers(-3, 3).map(float))
 
@@ -53,3 +53,11 @@ def test_the_best_is_the_first_of_equals_and_only_among_measured_ones():
     candidates = [Candidate("step_1", 1, {"m": 0.5}), Candidate("step_2", 2, {"m": 0.5}), Candidate("step_3", 3, {})]
     assert best(candidates, policy).name == "step_1"
     assert best(candidates[2:], policy) is None
+
+
+def test_a_metric_that_no_step_has_is_named_with_the_nearest():
+    metrics = {"eval/exact_match": 0.1, "loss/total": 0.2}
+    assert unknown(BestConfig(metric="loss/total"), metrics) is None
+    assert "'eval/exact_mach' is no metric of this run; did you mean 'eval/exact_match'?" in unknown(
+        BestConfig(metric="eval/exact_mach"), metrics)
+    assert "it has eval/exact_match, loss/total" in unknown(BestConfig(metric="x"), metrics)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
+import time
 
 import pytest
 from pbsd_process import INLINE, SMALL, none_left
@@ -35,21 +37,39 @@ def test_a_component_that_dies_is_named_and_finished_trajectories_stay(pbsd, vic
 
 
 def test_a_killed_driver_leaves_nothing_behind_and_resumes_to_the_same_losses(pbsd):
-    """SIGKILL after a checkpoint; the resumed run repeats what an uninterrupted one does."""
-    options = (*SMALL, "--steps", "5", "--checkpoint.every", "2")
+    """SIGKILL in a rollout after a checkpoint; the resumed run repeats what an uninterrupted one does, and does not
+    generate again what had been finished."""
+    options = (*SMALL, "--steps", "5", "--checkpoint.every", "1")
     whole = pbsd("whole", *options).succeed()
     run = pbsd("killed", *options)
-    run.wait_for_step(3)
+    run.wait_for_step(1)
+    step, finished = wait_for_rollout_after_checkpoint(run)
     family = run.family()
     run.process.kill()
     run.process.communicate()
     assert none_left(family)
     resumed = pbsd("killed", *options, "--resume").succeed()
+    assert resumed[step]["rollout/taken_up"] >= finished > 0
+    assert not any(row["rollout/taken_up"] for row in (*whole[1:], *resumed[1:step], *resumed[step + 1 :]))
     assert [row["step"] for row in resumed] == [row["step"] for row in whole]
     for ours, theirs in zip(resumed[1:], whole[1:], strict=True):
         for key in ("reward/mean", "loss/total", "grad_norm", "lr", "credit/evidence_per_token", "rollout/tokens"):
             # Bit for bit where a matrix product's bits do not depend on the batch; to rounding elsewhere.
             assert ours[key] == pytest.approx(theirs[key], rel=1e-4, abs=1e-6), (ours["step"], key)
+
+
+def wait_for_rollout_after_checkpoint(run):
+    """(step, trajectories that it has finished) of a rollout with the weights of the newest checkpoint."""
+    while run.process.poll() is None:
+        latest = run.folder / "checkpoints" / "latest"
+        step = int(latest.read_text().removeprefix("step_")) + 1 if latest.exists() else 0
+        unscored = run.folder / "trajectories" / f"step_{step:06d}.unscored.jsonl"
+        try:
+            if finished := unscored.read_text().count("\n"):
+                return step, finished
+        except FileNotFoundError:
+            time.sleep(0.02)
+    raise AssertionError(run.process.communicate()[1])
 
 
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -66,17 +86,22 @@ def test_an_interrupted_run_stops_cleanly(pbsd, sent, code):
     assert none_left(family)
 
 
-def test_a_corrupt_checkpoint_is_named(pbsd):
-    options = (*SMALL, *INLINE, "--steps", "1")
-    run = pbsd("corrupt", *options)
+def test_a_corrupt_checkpoint_is_named_with_the_one_to_go_on_from(pbsd):
+    options = (*SMALL, *INLINE, "--checkpoint.every", "1")
+    run = pbsd("corrupt", *options, "--steps", "2")
     run.succeed()
-    damaged = max((run.folder / "checkpoints").rglob("*.distcp"), key=lambda path: path.stat().st_size)
+    damaged = max((run.folder / "checkpoints" / "step_2").rglob("*.distcp"), key=lambda path: path.stat().st_size)
     content = bytearray(damaged.read_bytes())
     content[len(content) // 2] ^= 1
     damaged.write_bytes(content)
-    code, errors = pbsd("corrupt", *options, "--steps", "2", "--resume").finish()
+    code, errors = pbsd("corrupt", *options, "--steps", "3", "--resume").finish()
     assert code == 1
     assert damaged.name in errors and "Traceback" not in errors
+    assert re.search(r", in \S+\. The next older checkpoint is good: go on from it with --resume step_1\n", errors)
+    code, errors = pbsd("corrupt", *options, "--steps", "3", "--resume", "step_1", "--seed", "2").finish()
+    assert code == 2 and "seed = 2, the checkpoint was made with 1" in errors
+    rows = pbsd("corrupt", *options, "--steps", "3", "--resume", "step_1").succeed()
+    assert [row["step"] for row in rows] == [0, 1, 2, 3]
 
 
 def test_a_full_disk_at_checkpoint_time_is_said(pbsd, tmp_path_factory):
