@@ -123,7 +123,8 @@ def saved(ranks, folders, tmp_path_factory):
 
 
 def cases(*combinations, long=False):
-    return [pytest.param(*c, marks=[pytest.mark.layouts] if long else [], id=f"{c[0]}-to-{'-of-'.join(c[1:])}") for c in combinations]
+    return [pytest.param(*case, marks=[pytest.mark.layouts] if long else [], id=" to ".join(case[:2]) + "".join(
+        f", {model}" for model in case[2:])) for case in combinations]
 
 
 @pytest.mark.parametrize(("source", "target", "model"), [
