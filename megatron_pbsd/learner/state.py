@@ -183,7 +183,9 @@ class LearnerState:
         for one in wanted:
             key = next((key for key in one.keys if key in reader.tensors), None)
             if key is None:
-                problems.append(f"{one.keys[-1]} is missing")
+                # Where there are no weights, moments need not be named too.
+                if one.keys[-1] == one.shard.key or one.shard.key in reader.tensors:
+                    problems.append(f"{one.keys[-1]} is missing")
             elif reader.tensors[key].shape != one.shard.shape:
                 problems.append(f"{key} has shape {reader.tensors[key].shape}, this model's is {one.shard.shape}")
         if not weights_only:
