@@ -15,7 +15,7 @@ from megatron_pbsd.learner.errors import LearnerError
 from tests.distributed.test_layouts import LOSSES, ONE
 from tests.distributed.training import BUDGET, OPTIMIZER, assert_same_run, make_batch, train
 
-pytestmark = pytest.mark.layouts
+pytestmark = pytest.mark.slow
 LAYOUTS = {
     "dp2": (ParallelConfig(world_size=2, tp=1, dynamic_cp=True), 12, {1, 2}),
     "dp4": (ParallelConfig(world_size=4, tp=1, dynamic_cp=True), 6, {1, 2, 4}),

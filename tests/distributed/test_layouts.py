@@ -74,9 +74,9 @@ def run(ranks, folders):
 
 
 each_combination = pytest.mark.parametrize(("loss", "batching"), [
-    # One of the four losses for each way of batching by default; `make test-layouts` runs the others.
+    # One of the four losses for each way of batching by default; `make test-slow` runs the others.
     pytest.param(loss, batching, marks=[] if (loss, batching) in (("pbsd", "packed"), ("gspo", "padded")) else
-                 pytest.mark.layouts)
+                 pytest.mark.slow)
     for loss in LOSSES for batching in ("packed", "padded")])
 
 
