@@ -71,7 +71,7 @@ class Learner:
         hf = read(model.path)
         self._family = family(hf)
         self._shapes = self._family.hf_tensors(hf)
-        self._cost = Cost.of(hf)
+        self._cost = Cost.of(self._family.decoder(hf))
         self.platform.prepare(rank)
         self._watchdog = Watchdog.join(rank, config.parallel.world_size, rendezvous, config.deadline_s)
         with self.platform.running(), self._watchdog.phase("build"):
