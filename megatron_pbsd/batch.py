@@ -107,12 +107,15 @@ class Batch(Mapping[str, list[np.ndarray]]):
 
     @property
     def lengths(self) -> list[int]:
+        """T_i, tokens of each sequence."""
         return [len(t) for t in self._columns["tokens"]]
 
     def with_fields(self, **columns: Sequence[np.ndarray]) -> Batch:
+        """The same sequences with these fields added or replaced. SchemaError as for a new batch."""
         return Batch({**self._columns, **columns})
 
     def select(self, indices: Sequence[int]) -> Batch:
+        """These sequences, in this order."""
         return Batch({name: [values[i] for i in indices] for name, values in self._columns.items()})
 
 

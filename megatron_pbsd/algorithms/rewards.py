@@ -19,6 +19,7 @@ def overlong_penalty(tokens: int, longest: int, cache: int) -> float:
 
 
 def kl_needs(kl_penalty: float) -> frozenset[Need]:
+    """What `token_rewards` reads of an outcome."""
     return frozenset({"student", "reference"} if kl_penalty else ())
 
 
