@@ -7,7 +7,7 @@ import pytest
 
 from megatron_pbsd import losses
 from megatron_pbsd.config import LearnerConfig, ModelConfig, ParallelConfig, SFTConfig
-from tests.distributed.test_layouts import DENSE, MOE, ONE
+from tests.distributed.layouts import DENSE, MOE, ONE
 from tests.distributed.training import OPTIMIZER, STEPS, make_batch, published
 
 LAYOUTS = {"one": ONE, **DENSE, **MOE, "dp2-distributed": DENSE["dp2"],
