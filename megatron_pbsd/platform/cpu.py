@@ -151,14 +151,18 @@ class Cpu:
         installed = version("megatron-core")
         if installed != MEGATRON_VERSION:
             raise PlatformError(f"megatron-core {installed} is installed; the CPU platform needs {MEGATRON_VERSION}")
+        from megatron.core.models.common.embeddings import rope_utils
         from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
         from megatron.core.tensor_parallel import mappings, random
         from megatron.core.transformer.moe import moe_utils, token_dispatcher
+
+        from megatron_pbsd.platform.cpu_modules import rotate_packed
 
         require_symbols(torch.cuda, tuple(_CUDA_STAND_INS))
         for owner, replaced in (
             (random, {"_get_cuda_rng_state": _CUDA_STAND_INS["get_rng_state"], "_set_cuda_rng_state": _set_rng_state}),
             (token_dispatcher, {"maybe_move_tensor_to_cpu": _on_host}),
+            (rope_utils, {"_apply_rotary_pos_emb_thd": rotate_packed}),
             (DistributedOptimizer, {"_set_main_param_and_optimizer_states": _set_shards}),
         ):
             require_symbols(owner, tuple(replaced))
