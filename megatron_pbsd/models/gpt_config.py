@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron_pbsd.models.decoder import Decoder, Experts
+from megatron_pbsd.models.decoder import Decoder, Experts, Llama3Scaling
 
 
 def problems(decoder: Decoder) -> list[str]:
@@ -17,6 +17,10 @@ def problems(decoder: Decoder) -> list[str]:
     if not rotated or rotated % 2:
         found.append(f"rotary embeddings turn pairs of dimensions, but head_dim = {decoder.head_dim} * "
                      f"partial_rotary_factor = {decoder.rotary_factor} gives {rotated} of them")
+    scaling = decoder.rope_scaling
+    if isinstance(scaling, Llama3Scaling) and not scaling.low_freq_factor < scaling.high_freq_factor:
+        found.append(f"low_freq_factor = {scaling.low_freq_factor} of llama3's rotary embeddings is not below "
+                     f"high_freq_factor = {scaling.high_freq_factor}")
     return found + (_routing_problems(decoder.experts) if decoder.experts else [])
 
 
