@@ -35,9 +35,9 @@ class Family:
         """TransformerConfig fields; the activation (SiLU) goes by its torch.nn.functional name."""
         return gpt_config.transformer_config(self.decoder(hf))
 
-    def gpt_model(self, hf: Config) -> dict[str, Any]:
-        """GPTModel arguments besides its TransformerConfig."""
-        return gpt_config.gpt_model(self.decoder(hf))
+    def gpt_model(self, hf: Config, parallel: ParallelConfig) -> dict[str, Any]:
+        """GPTModel arguments besides its TransformerConfig; the vocabulary is padded for `parallel.tp` ranks."""
+        return gpt_config.gpt_model(self.decoder(hf), parallel)
 
     def inverse_frequencies(self, hf: Config) -> torch.Tensor:
         """Of rotary positions, float32 [rotated dimensions / 2]; see `rope.py`."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from megatron_pbsd.config import ParallelConfig
 from megatron_pbsd.models.decoder import Decoder, Experts, Llama3Scaling
+from megatron_pbsd.models.parameters import padded_vocabulary
 
 
 def problems(decoder: Decoder) -> list[str]:
@@ -90,10 +92,10 @@ def _routing(experts: Experts) -> dict[str, Any]:
     }
 
 
-def gpt_model(decoder: Decoder) -> dict[str, Any]:
+def gpt_model(decoder: Decoder, parallel: ParallelConfig) -> dict[str, Any]:
     """GPTModel arguments besides its TransformerConfig."""
     return {
-        "vocab_size": decoder.vocab_size,
+        "vocab_size": padded_vocabulary(decoder.vocab_size, parallel.tp),
         "max_sequence_length": decoder.max_position_embeddings,
         "share_embeddings_and_output_weights": decoder.tie_word_embeddings,
         "position_embedding_type": "rope",

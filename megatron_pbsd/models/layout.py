@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from math import gcd
+from math import gcd, isqrt
 
 from megatron_pbsd.config import LearnerConfig, ParallelConfig
 from megatron_pbsd.models.decoder import Decoder
+from megatron_pbsd.models.parameters import padded_vocabulary
 
 
 def layout_problems(decoder: Decoder, parallel: ParallelConfig) -> list[str]:
@@ -15,6 +16,11 @@ def layout_problems(decoder: Decoder, parallel: ParallelConfig) -> list[str]:
     Context parallelism divides sequences, not the model: any size is possible.
     """
     problems = _indivisible("tp", parallel.tp, _tensor_parallel_lengths(decoder))
+    share = padded_vocabulary(decoder.vocab_size, parallel.tp) // parallel.tp
+    if share * (parallel.tp - 1) >= decoder.vocab_size:
+        problems.append(f"learner.parallel.tp = {parallel.tp} leaves a rank without any of the vocab_size = "
+                        f"{decoder.vocab_size} tokens, of which each holds {share}; this vocabulary allows any tp up "
+                        f"to {isqrt(decoder.vocab_size)}")
     layers = {"num_hidden_layers": decoder.num_hidden_layers}
     if not_divided := _indivisible("pp", parallel.pp, layers):
         problems += not_divided
@@ -56,7 +62,7 @@ def learner_problems(decoder: Decoder, learner: LearnerConfig) -> list[str]:
 
 def _tensor_parallel_lengths(decoder: Decoder) -> dict[str, int]:
     experts = decoder.experts
-    lengths = {name: getattr(decoder, name) for name in ("num_attention_heads", "num_key_value_heads", "vocab_size")}
+    lengths = {name: getattr(decoder, name) for name in ("num_attention_heads", "num_key_value_heads")}
     if experts is None or not all(experts.layers):
         lengths["intermediate_size"] = decoder.intermediate_size
     if experts is not None and experts.shared_intermediate_size is not None:

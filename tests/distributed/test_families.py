@@ -13,7 +13,8 @@ from megatron_pbsd.batch import Batch
 from megatron_pbsd.config import LearnerConfig, ModelConfig, ParallelConfig, SFTConfig
 from tests.distributed.training import OPTIMIZER, make_batch, published
 
-VOCABULARY = 66
+VOCABULARY = 131
+"""A prime: every tensor-parallel size pads it."""
 MODELS = {
     "llama": ("llama", {}),
     "smollm2": ("llama", {

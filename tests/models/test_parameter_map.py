@@ -34,6 +34,8 @@ def assert_covered(hf, parallel):
                 local = np.zeros(local_shape(pieces), int)
                 for piece in pieces:
                     local[piece.local_index] += 1
+                    end = piece.local_index[0].stop
+                    local[end : end + piece.padding] += 1
                     assert local[piece.local_index].shape == written[piece.hf_name][piece.hf_index].shape
                     if piece.primary:
                         written[piece.hf_name][piece.hf_index] += 1
@@ -44,9 +46,9 @@ def assert_covered(hf, parallel):
 
 @pytest.mark.parametrize("model_type", TINY)
 @settings(max_examples=100)
-@given(data=st.data(), tied=st.booleans())
-def test_primary_pieces_cover_every_element_once_and_locals_are_tiled(model_type, data, tied):
-    hf = tiny_config(model_type, tie_word_embeddings=tied)
+@given(data=st.data(), tied=st.booleans(), vocabulary=st.integers(4, 131))
+def test_primary_pieces_cover_every_element_once_and_locals_are_tiled(model_type, data, tied, vocabulary):
+    hf = tiny_config(model_type, tie_word_embeddings=tied, vocab_size=vocabulary)
     assert_covered(hf, data.draw(layouts([1, 2], 32, experts="moe" in model_type or model_type == "mixtral")))
 
 
@@ -132,9 +134,34 @@ def test_first_and_last_chunk_hold_the_ends_of_the_model():
     assert "decoder.layers.0.mlp.linear_fc1.weight" in local(hf, parallel, 0, 1)
 
 
+def test_vocabulary_is_padded_where_ranks_do_not_divide_it():
+    hf, parallel = tiny_config("qwen3", vocab_size=131), ParallelConfig(world_size=2, tp=2)
+    assert family(hf).gpt_model(hf, parallel)["vocab_size"] == 132
+    for rank, rows, padding in ((0, slice(0, 66), 0), (1, slice(66, 131), 1)):
+        for name in ("embedding.word_embeddings.weight", "output_layer.weight"):
+            (piece,) = local(hf, parallel, rank)[name]
+            assert (piece.hf_index[0], piece.padding) == (rows, padding)
+            assert local_shape([piece]) == (66, 32)
+
+
+@settings(max_examples=300)
+@given(vocabulary=st.integers(1, 200), tp=st.integers(1, 16))
+def test_every_rank_holds_a_token_or_the_layout_is_refused(vocabulary, tp):
+    hf = tiny_config("qwen3") | {"vocab_size": vocabulary, "num_attention_heads": tp, "num_key_value_heads": tp,
+                                 "intermediate_size": tp}
+    problems = layout_problems(hf, ParallelConfig(world_size=tp, tp=tp))
+    each = -(-vocabulary // tp)
+    held = [len(range(vocabulary)[rank * each : (rank + 1) * each]) for rank in range(tp)]
+    assert bool(problems) == (0 in held)
+    if problems:
+        assert f"tp = {tp} leaves a rank without any of the vocab_size = {vocabulary}" in problems[0]
+    if tp * tp <= vocabulary:
+        assert not problems
+
+
 @pytest.mark.parametrize(("model_type", "layout", "words"), [
     ("qwen3", {"tp": 4}, ["tp = 4 does not divide", "num_key_value_heads = 2", "[1, 2]"]),
-    ("qwen3", {"tp": 3}, ["tp = 3 does not divide", "vocab_size = 64", "num_attention_heads = 4"]),
+    ("qwen3", {"tp": 3}, ["tp = 3 does not divide", "num_key_value_heads = 2", "num_attention_heads = 4"]),
     ("qwen3", {"tp": 1, "pp": 3}, ["pp = 3 does not divide", "num_hidden_layers = 4", "[1, 2, 4]"]),
     ("qwen3", {"tp": 1, "pp": 2, "vpp": 4}, ["vpp = 4 does not divide", "num_hidden_layers / pp = 4 / 2", "[1, 2]"]),
     ("qwen3", {"tp": 2, "ep": 2}, ["ep = 2 divides experts", "has none", "[1]"]),
