@@ -129,6 +129,7 @@ def transformer_config(
         **fields,
         tensor_model_parallel_size=parallel.tp,
         pipeline_model_parallel_size=parallel.pp,
+        pipeline_model_parallel_layout=family.pipeline_layout(hf, parallel),
         context_parallel_size=parallel.cp,
         sequence_parallel=divides_sequences(parallel, experts, platform),
         params_dtype=dtype,

@@ -39,6 +39,10 @@ class Family:
         """GPTModel arguments besides its TransformerConfig; the vocabulary is padded for `parallel.tp` ranks."""
         return gpt_config.gpt_model(self.decoder(hf), parallel)
 
+    def pipeline_layout(self, hf: Config, parallel: ParallelConfig) -> list[list[str]] | None:
+        """TransformerConfig's pipeline_model_parallel_layout: what each stage holds; None without a pipeline."""
+        return gpt_config.pipeline_layout(self.decoder(hf).num_hidden_layers, parallel)
+
     def inverse_frequencies(self, hf: Config) -> torch.Tensor:
         """Of rotary positions, float32 [rotated dimensions / 2]; see `rope.py`."""
         return rope.inverse_frequencies(self.decoder(hf))[0]

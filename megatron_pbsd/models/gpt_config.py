@@ -6,7 +6,7 @@ from typing import Any
 
 from megatron_pbsd.config import ParallelConfig
 from megatron_pbsd.models.decoder import Decoder, Experts, Llama3Scaling
-from megatron_pbsd.models.parameters import padded_vocabulary
+from megatron_pbsd.models.parameters import padded_vocabulary, stage_layers
 
 
 def problems(decoder: Decoder) -> list[str]:
@@ -90,6 +90,18 @@ def _routing(experts: Experts) -> dict[str, Any]:
         "moe_router_enable_expert_bias": experts.score_bias,
         "moe_router_dtype": "fp32",
     }
+
+
+def pipeline_layout(layers: int, parallel: ParallelConfig) -> list[list[str]] | None:
+    """What TransformerConfig calls pipeline_model_parallel_layout: the parts of each stage, in the order in which the
+    model passes the stages. None without a pipeline."""
+    if parallel.pp == 1:
+        return None
+    stages = [["decoder"] * len(stage_layers(layers, parallel, pp, chunk))
+              for chunk in range(parallel.vpp) for pp in range(parallel.pp)]
+    stages[0].insert(0, "embedding")
+    stages[-1].append("loss")
+    return stages
 
 
 def gpt_model(decoder: Decoder, parallel: ParallelConfig) -> dict[str, Any]:

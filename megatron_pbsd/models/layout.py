@@ -21,12 +21,7 @@ def layout_problems(decoder: Decoder, parallel: ParallelConfig) -> list[str]:
         problems.append(f"learner.parallel.tp = {parallel.tp} leaves a rank without any of the vocab_size = "
                         f"{decoder.vocab_size} tokens, of which each holds {share}; this vocabulary allows any tp up "
                         f"to {isqrt(decoder.vocab_size)}")
-    layers = {"num_hidden_layers": decoder.num_hidden_layers}
-    if not_divided := _indivisible("pp", parallel.pp, layers):
-        problems += not_divided
-    else:
-        name = f"num_hidden_layers / pp = {decoder.num_hidden_layers} / {parallel.pp}"
-        problems += _indivisible("vpp", parallel.vpp, {name: decoder.num_hidden_layers // parallel.pp})
+    problems += _pipeline_problems(decoder.num_hidden_layers, parallel)
     experts = decoder.experts
     if experts is None:
         problems += [
@@ -58,6 +53,17 @@ def learner_problems(decoder: Decoder, learner: LearnerConfig) -> list[str]:
             f"learner.parallel.sequence_parallel = False with tp = {learner.parallel.tp}: Megatron-core trains experts "
             "under tensor parallelism with sequence parallelism only; set it to True or null")
     return problems
+
+
+def _pipeline_problems(layers: int, parallel: ParallelConfig) -> list[str]:
+    """Every stage needs a layer; they need not have equally many."""
+    if parallel.pp > layers:
+        return [f"learner.parallel.pp = {parallel.pp} is more than num_hidden_layers = {layers}; "
+                f"valid for this model: 1 … {layers}"]
+    if parallel.pp * parallel.vpp > layers:
+        return [f"learner.parallel.vpp = {parallel.vpp} makes pp * vpp = {parallel.pp * parallel.vpp} stages of "
+                f"num_hidden_layers = {layers}; valid for this model: 1 … {layers // parallel.pp}"]
+    return []
 
 
 def _tensor_parallel_lengths(decoder: Decoder) -> dict[str, int]:

@@ -125,11 +125,15 @@ def stage_layers(layers: int, parallel: ParallelConfig, pp: int, chunk: int) -> 
     """Decoder layers of model chunk `chunk`, 0 … vpp - 1, of pipeline rank `pp`.
 
     The model passes all ranks' first chunks, then all second ones (interleaved schedule: arXiv 2104.04473,
-    section 2.2).
+    section 2.2). Where layers are not divisible, the stages just before the last have one more: the last computes the
+    logits, and earlier ones keep the activations of more micro-batches.
     """
-    each = layers // (parallel.pp * parallel.vpp)
-    start = (chunk * parallel.pp + pp) * each
-    return range(start, start + each)
+    stages = parallel.pp * parallel.vpp
+    each, longer = divmod(layers, stages)
+    stage = chunk * parallel.pp + pp
+    first_longer = stages - 1 - longer
+    start = stage * each + min(max(stage - first_longer, 0), longer)
+    return range(start, start + each + (first_longer <= stage < stages - 1))
 
 
 def local_experts(experts: int, parallel: ParallelConfig, ep: int) -> range:

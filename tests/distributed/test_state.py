@@ -57,6 +57,7 @@ def saved(ranks, folders, tmp_path_factory):
     ("tp2pp2", "dp2", "tied"), ("pp2vpp2", "pp2vpp2", "tied"), ("pp2vpp2", "tp2", "tied"), ("cp2", "pp4vpp2", "tied"),
     ("dp2-distributed", "dp2-distributed", "tied"), ("tp2dp2-distributed", "dp2-distributed", "tied"),
     ("tp2", "tp2", "odd"), ("tp2", "one", "odd"), ("one", "tp2", "odd"),
+    ("tp2pp2", "pp2vpp2", "odd"), ("pp2vpp2", "one", "odd"),
     ("tp2dp2-distributed", "dp2-distributed", "odd"), ("dp2-distributed", "tp2dp2-distributed", "odd"),
     ("ep2", "ep2", "moe"), ("tp2ep2", "tp2ep2", "glm"), ("pp2ep2", "pp2ep2", "glm"),
 ])
