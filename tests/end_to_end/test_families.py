@@ -8,7 +8,7 @@ import pytest
 from pbsd_process import ROOT, SMALL
 from tiny_models import make_tiny
 
-pytestmark = pytest.mark.layouts
+pytestmark = pytest.mark.slow
 
 
 @pytest.mark.parametrize(("model_type", "changes", "layout"), [
