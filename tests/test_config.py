@@ -103,7 +103,7 @@ def test_dynamic_context_parallelism_needs_packing_and_no_balancing_loss():
 
 
 @pytest.mark.parametrize(("checkpoint", "evaluation", "words"), [
-    ({"every": 20, "keep_every": 50}, {}, r"keep_every = 50 names steps .* checkpoint.every = 20 .* nearest multiple is 40"),
+    ({"every": 20, "keep_every": 50}, {}, r"keep_every = 50 names steps .* checkpoint.every = 20 .* multiple is 40"),
     ({"every": 20, "keep_every": 5}, {}, "the nearest multiple is 20"),
     ({"every": 0, "keep_every": 5}, {}, "set checkpoint.every to it"),
     ({"every": 20, "best": {"metric": "eval/f1"}}, {"every": 15},

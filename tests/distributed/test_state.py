@@ -18,7 +18,8 @@ from megatron_pbsd.models import family
 from megatron_pbsd.models.decoder import hf_tensors
 from megatron_pbsd.models.dist_checkpoint import places
 from megatron_pbsd.models.hf_config import read
-from tests.distributed.test_layouts import DENSE, MOE, ONE, WITH_MORE_OUTPUTS
+from tests.distributed.layouts import DENSE, MOE, ONE
+from tests.distributed.test_layouts import WITH_MORE_OUTPUTS
 from tests.distributed.training import OPTIMIZER, STEPS, make_batch, published
 
 LAYOUTS = {
@@ -128,7 +129,7 @@ def cases(*combinations, long=False):
 
 
 @pytest.mark.parametrize(("source", "target", "model"), [
-    *cases(("tp2pp2ep2", "pp4", "moe"), ("tp2pp2ep2", "dp4", "moe"), ("tp2", "dp2-distributed", "untied"),
+    *cases(("tp2pp2ep2", "pp4", "moe"), ("tp2pp2ep2", "dp4", "moe"), ("tp2", "dp2-distributed", "odd"),
            ("tp2dp2-distributed", "pp2", "tied"), ("ep2-distributed", "one", "glm"),
            ("pp2-value", "tp2-value", "tied"), ("pp2-value", "pp2-value", "tied")),
     *cases(("one", "one", "tied"), ("tp2", "tp2", "untied"), ("tp2pp2", "tp2pp2", "tied"), ("dp2", "dp2", "tied"),
@@ -141,7 +142,10 @@ def cases(*combinations, long=False):
            ("pp2ep2", "pp2ep2", "glm"), ("ep2etp2", "tp2", "moe"), ("ep2etp2", "tp2", "glm"), ("one", "ep4", "glm"),
            ("tp2ep2-distributed", "tp2ep2-distributed", "moe"), ("ep2", "one", "moe"),
            ("ep2", "dp4-distributed", "moe"), ("dp4-distributed", "ep2", "moe"),
-           ("pp2-value", "dp2-value-distributed", "tied"), long=True),
+           ("pp2-value", "dp2-value-distributed", "tied"), ("tp2", "tp2", "odd"), ("tp2", "one", "odd"),
+           ("one", "tp2", "odd"), ("tp2pp2", "pp2vpp2", "odd"), ("pp2vpp2", "one", "odd"),
+           ("tp2dp2-distributed", "dp2-distributed", "odd"), ("dp2-distributed", "tp2dp2-distributed", "odd"),
+           ("tp2", "dp2-distributed", "untied"), long=True),
 ])
 def test_resume(ranks, folders, saved, source, target, model):
     folder, expected = saved(source, model)

@@ -22,7 +22,8 @@ def run(tmp_path):
     """A run's folder after four checkpoints, and one that was never finished."""
     with CheckpointStore(tmp_path / "checkpoints", CheckpointConfig(**POLICY), 30.0) as store:
         for step, f1 in enumerate((0.5, 0.1, 0.2, 0.3, 0.1), start=1):
-            with store.writing(Contents(step, metrics={"eval/f1": f1}), 0, list(map(writer_name, range(RANKS)))) as made:
+            contents, writers = Contents(step, metrics={"eval/f1": f1}), list(map(writer_name, range(RANKS)))
+            with store.writing(contents, 0, writers) as made:
                 (made / LEARNER).mkdir()
                 for rank in range(RANKS):
                     write_part(made / LEARNER, rank, step, 0)
