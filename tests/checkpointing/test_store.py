@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import itertools
 import multiprocessing
@@ -18,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 import xxhash
+from small_disk import small_disk
 
 from launcher.bench.checkpoint import RANKS, is_wrong, kill_trials, write_part
 from megatron_pbsd.checkpointing.errors import CheckpointError
@@ -280,10 +280,7 @@ def write_or_say_why(folder, rank, step, limit=None):
 
 def test_a_disk_that_fills_up_under_the_ranks(tmp_path):
     """A small disk of its own: the second checkpoint does not fit beside the first one."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.mount(b"tmpfs", str(tmp_path).encode(), b"tmpfs", 0, b"size=200k"):
-        pytest.skip(f"mounting a small disk needs privileges: {os.strerror(ctypes.get_errno())}")
-    try:
+    with small_disk(tmp_path, "200k"):
         with open_store(tmp_path) as store:
             save(store, 1)
             with store.writing(Contents(2), 10, WRITERS) as partial:
@@ -294,8 +291,6 @@ def test_a_disk_that_fills_up_under_the_ranks(tmp_path):
                 store.finish()
             assert store.newest().name == "step_1" and not is_wrong(store.newest())
         assert names(tmp_path) == ["latest", "step_1"]
-    finally:
-        libc.umount(str(tmp_path).encode())
 
 
 def test_a_rank_that_may_not_write_on(tmp_path):

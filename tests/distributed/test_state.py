@@ -124,7 +124,7 @@ def saved(ranks, folders, tmp_path_factory):
 
 
 def cases(*combinations, long=False):
-    return [pytest.param(*case, marks=[pytest.mark.layouts] if long else [], id=" to ".join(case[:2]) + "".join(
+    return [pytest.param(*case, marks=[pytest.mark.slow] if long else [], id=" to ".join(case[:2]) + "".join(
         f", {model}" for model in case[2:])) for case in combinations]
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import signal
 import time
 
 import pytest
 from pbsd_process import INLINE, SMALL, none_left
+from small_disk import small_disk
 
 
 @pytest.mark.parametrize("victim", ["learner-1", "engine-0"])
@@ -106,22 +106,14 @@ def test_a_corrupt_checkpoint_is_named_with_the_one_to_go_on_from(pbsd):
 
 def test_a_full_disk_at_checkpoint_time_is_said(pbsd, tmp_path_factory):
     """More is asked for than the disk has: the run ends before it writes, and keeps its trajectories."""
-    import ctypes
-
-    libc = ctypes.CDLL(None, use_errno=True)
     disk = tmp_path_factory.mktemp("disk").resolve()
-    if libc.mount(b"tmpfs", str(disk).encode(), b"tmpfs", 0, b"size=6m"):
-        pytest.skip(f"mounting a small disk needs privileges: {os.strerror(ctypes.get_errno())}")
-    try:
+    with small_disk(disk, "6m"):
         run = pbsd("full", *SMALL, *INLINE, "--steps", "1", "--runs", str(disk))
         code, errors = run.finish()
         assert code == 1
         assert "checkpoint" in errors and "free" in errors and "Traceback" not in errors
         assert (disk / "full" / "trajectories" / "step_000001.jsonl").exists()
         assert not list((disk / "full" / "checkpoints").glob("step_*"))
-    finally:
-        libc.umount(str(disk).encode())
-        shutil.rmtree(disk, ignore_errors=True)
 
 
 @pytest.mark.parametrize(("options", "parts"), [
