@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -17,9 +16,9 @@ from megatron_pbsd import credit, losses, summary
 from megatron_pbsd.checkpointing.errors import CheckpointError
 from megatron_pbsd.checkpointing.fsck import LEARNER
 from megatron_pbsd.checkpointing.hf_export import export_checkpoint
-from megatron_pbsd.checkpointing.manifest import Contents, read_manifest
+from megatron_pbsd.checkpointing.manifest import Contents
 from megatron_pbsd.checkpointing.retention import unknown
-from megatron_pbsd.checkpointing.store import LATEST, CheckpointStore, complete
+from megatron_pbsd.checkpointing.store import CheckpointStore, complete
 from megatron_pbsd.checkpointing.torch_dist import writer_name
 from megatron_pbsd.config import RunConfig
 from megatron_pbsd.controller.runtime import Handle, Runtime, open_runtime
@@ -27,8 +26,9 @@ from megatron_pbsd.environments import Environment, build_environment
 from megatron_pbsd.learner.group import LearnerGroup
 from megatron_pbsd.observability.recorder import Recorder
 from megatron_pbsd.observability.records import TRAJECTORIES
-from megatron_pbsd.prompts import check_position, evaluation_requests, position
+from megatron_pbsd.prompts import evaluation_requests, position
 from megatron_pbsd.resharding.publication import Publisher
+from megatron_pbsd.resume import Start, find_start, leaving_weights
 from megatron_pbsd.rollout.coordinator import CollectStatistics, RolloutRequest, build_coordinator
 from megatron_pbsd.rollout.engine_group import EngineGroup
 from megatron_pbsd.rollout.engines.host import EngineHost
@@ -84,7 +84,7 @@ class Rollout:
     def _origin(self, sampling: Mapping[str, Any]) -> str:
         """All that decides how trajectories turn out, besides their prompts, which they have with them."""
         limits = self._config.rollout.model_dump(include={"max_turns", "max_turn_tokens", "max_context"})
-        return json.dumps({"weights": self._publisher.published, **sampling, **limits,
+        return json.dumps({"weights": self._publisher.published.digest, **sampling, **limits,
                            "environment": self._config.environment.model_dump(mode="json")}, sort_keys=True)
 
     def discard_unscored(self, but: str = "") -> None:
@@ -96,8 +96,7 @@ class Rollout:
 
 @dataclass
 class Components:
-    """reference: an engine that no weights are published to, if the algorithm compares with it.
-    done: training steps that are behind the learner's weights (0 in a new run)."""
+    """reference: an engine that no weights are published to, if the algorithm compares with it."""
 
     config: RunConfig
     recorder: Recorder
@@ -107,7 +106,7 @@ class Components:
     rollout: Rollout
     reference: EngineGroup | None
     checkpoints: CheckpointStore
-    done: int
+    start: Start
 
     def __post_init__(self) -> None:
         splits = {self.config.environment.train_split, self.config.evaluation.split}
@@ -200,8 +199,9 @@ def build(config: RunConfig, resume: str | None) -> Iterator[Components]:
         # Before the ranks, so that it ends when they have: what they have not written by then it gives up.
         checkpoints = stack.enter_context(
             CheckpointStore(folder / "checkpoints", config.checkpoint, config.learner.deadline_s))
-        start, done = _resumed(checkpoints, config, resume)
-        recorder = stack.enter_context(Recorder(folder, config.observability, config, done + 1 if done else 0))
+        start = find_start(checkpoints, config, resume)
+        first_row = start.done + 1 if start.done else 0
+        recorder = stack.enter_context(Recorder(folder, config.observability, config, first_row))
         runtime = stack.enter_context(open_runtime(config.runtime, config.folder / "logs", config.ray_port))
         learner, engines = start_learner(runtime, config), start_engines(runtime, config)
         reference = start_reference(runtime, config)
@@ -211,26 +211,18 @@ def build(config: RunConfig, resume: str | None) -> Iterator[Components]:
         engines.ready()
         if reference is not None:
             reference.ready()
-        if start is not None:
-            learner.load(str((start / LEARNER).resolve()))
+        if start.checkpoint is not None:
+            learner.load(str((start.checkpoint / LEARNER).resolve()))
+        if start.recovered is not None:
+            learner.replace_weights(str(start.recovered.resolve()), (start.done - start.saved) * _updates(config))
         publisher = Publisher(learner, engines, _probe(environment, config), config.rollout.probe_tolerance)
         stack.callback(publisher.close)
+        stack.enter_context(leaving_weights(publisher, checkpoints.folder, config))
         rollout = Rollout(runtime, coordinator, config, recorder, publisher)
-        yield Components(config, recorder, environment, learner, publisher, rollout, reference, checkpoints, done)
+        yield Components(config, recorder, environment, learner, publisher, rollout, reference, checkpoints, start)
         learner.saved()
         checkpoints.finish()
         rollout.discard_unscored()
-
-
-def _resumed(checkpoints: CheckpointStore, config: RunConfig, resume: str | None) -> tuple[Path | None, int]:
-    """The checkpoint that a run begins from, and its step."""
-    chosen = None if resume is None else checkpoints.newest() if resume == LATEST else checkpoints.select(resume)
-    if chosen is None:
-        return None, 0
-    contents = read_manifest(chosen).contents
-    if note := check_position(contents.position, config, contents.step):
-        print(f"pbsd: {note}", file=sys.stderr)
-    return chosen, contents.step
 
 
 def start_learner(runtime: Runtime, config: RunConfig) -> LearnerGroup:
@@ -239,7 +231,12 @@ def start_learner(runtime: Runtime, config: RunConfig) -> LearnerGroup:
     return LearnerGroup.spawn(
         runtime, build_learner, world_size=config.learner.parallel.world_size, deadline_s=config.learner.deadline_s,
         model=config.model, config=config.learner, loss=loss, seed=config.seed,
-        total_steps=config.steps * (1 if supervised else config.learner.updates_per_step))
+        total_steps=config.steps * _updates(config))
+
+
+def _updates(config: RunConfig) -> int:
+    """Optimizer steps of a training step."""
+    return 1 if config.algorithm.name == "sft" else config.learner.updates_per_step
 
 
 def build_learner(rank: int, rendezvous: str, **arguments: Any) -> Learner:

@@ -5,6 +5,7 @@
     <folder>/step_60.1f0c.partial/…    being written, or left by a run that died
     <folder>/step_40.replaced/…        was step_40 until the new one of that name is in its place
     <folder>/latest, best              names of checkpoints
+    <folder>/recovered/…               weights that are newer than any of them (recovery.py)
     <folder>/.lock                     held by the run that writes here
 
 A checkpoint has its name only once all of it is on disk, and `latest` names it only after that: whatever is killed, and
@@ -28,6 +29,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_pbsd.checkpointing import recovery
 from megatron_pbsd.checkpointing.errors import CheckpointError
 from megatron_pbsd.checkpointing.fsck import LEARNER, gaps, verify
 from megatron_pbsd.checkpointing.manifest import (
@@ -179,6 +181,7 @@ class CheckpointStore:
             final = self._in_place(draft)
             self._point(LATEST, final.name)
             self._retain()
+            recovery.drop(self.folder, draft.contents.step)
         return final
 
     def _gathered(self, draft: Draft) -> dict[str, str]:

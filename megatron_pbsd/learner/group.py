@@ -76,6 +76,9 @@ class LearnerGroup(Group):
     def load(self, folder: str) -> None:
         self.call("load", folder)
 
+    def replace_weights(self, folder: str, steps: int) -> None:
+        self.call("replace_weights", folder, steps)
+
     def release(self, phase: str) -> dict[str, int]:
         """Bytes that the ranks give back together, by category."""
         released = self.call("release", phase)

@@ -29,6 +29,7 @@ from megatron_pbsd.learner.errors import LearnerError
 from megatron_pbsd.learner.memory import CATEGORIES, DeviceMemory
 from megatron_pbsd.learner.microbatch import MicroBatch, Shape
 from megatron_pbsd.learner.model import Query, build_model, build_optimizer
+from megatron_pbsd.learner.optimizer_state import renew_masters
 from megatron_pbsd.learner.parallel_state import connect, context_group, disconnect
 from megatron_pbsd.learner.routing import Positions, forget_last, routers
 from megatron_pbsd.learner.saving import Saver
@@ -86,9 +87,11 @@ class Learner:
             chunks = [chunk.to(self.device) for chunk in chunks]
             maps = self._maps(hf, at)
             self._weights = weights.Weights(chunks, maps)
+            self._stored = partial(
+                weights.stored, shapes=self._shapes, ignored=partial(self._family.ignored_tensor, hf))
             self._weights.fill(
-                weights.stored(model.path, self._shapes, partial(self._family.ignored_tensor, hf))
-                if model.initial_weights == "load" else weights.random(self._shapes, hf["initializer_range"], seed))
+                self._stored(model.path) if model.initial_weights == "load"
+                else weights.random(self._shapes, hf["initializer_range"], seed))
             self._chunks = chunks
             self._model, self._optimizer, self._scheduler = build_optimizer(chunks, config, self.platform, total_steps)
         self._memory = DeviceMemory(self._model, self._optimizer)
@@ -210,6 +213,18 @@ class Learner:
         with self._phase("load", WEIGHTS_AND_STATE), torch.no_grad():
             self._saver.copied()
             self._state.load(Path(folder), weights_only)
+
+    def replace_weights(self, folder: str, steps: int) -> None:
+        """Take the weights of a Hugging Face folder instead, which are `steps` optimizer steps newer. The schedule goes
+        on as far; Adam's moments, random numbers and a value head stay as they are.
+
+        ModelError when they are not this model's.
+        """
+        with self._phase("replace_weights", WEIGHTS_AND_STATE), torch.no_grad():
+            self._saver.copied()
+            self._weights.fill(self._stored(folder))
+            renew_masters(self._optimizer)
+            self._scheduler.step(steps)
 
     def close(self) -> None:
         """Leave the process groups; the learner is unusable afterwards."""

@@ -69,6 +69,13 @@ def set_settings(optimizer: MegatronOptimizer, values: dict[str, Any]) -> None:
                 part.state[parameter]["step"].fill_(values["step"])
 
 
+def renew_masters(optimizer: MegatronOptimizer) -> None:
+    """Make bfloat16 parameters, whose values have been set, what they are rounded from."""
+    for state in held(optimizer):
+        if state.kind == MASTER:
+            state.flat.copy_(state.parameter.detach().view(-1)[state.start : state.start + len(state.flat)])
+
+
 def _optimized(part: MegatronOptimizer) -> Iterator[tuple[torch.nn.Parameter, torch.Tensor, int]]:
     """Each model parameter, the float32 tensor that Adam updates for it, and where in it that begins."""
     if isinstance(part, DistributedOptimizer):

@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+import torch
 
 from megatron_pbsd.batch import Batch
 from megatron_pbsd.errors import PbsdError
@@ -44,8 +46,22 @@ class Target(Protocol):
     names: Sequence[str]
 
     def update_weights(self, manifest: WeightsManifest, version: int) -> None: ...
+    def write_weights(self, manifest: WeightsManifest, engine: int) -> None: ...
     def checksums(self) -> list[dict[str, str]]: ...
     def score(self, sequences: Sequence[Sequence[int]]) -> list[list[np.ndarray]]: ...
+
+
+@dataclass(frozen=True)
+class Published:
+    """Weights that every engine has. checksums: by tensor."""
+
+    version: int
+    checksums: Mapping[str, str]
+
+    @property
+    def digest(self) -> str:
+        """Of all of them."""
+        return hashlib.blake2b(json.dumps(self.checksums, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 class Publisher:
@@ -61,8 +77,8 @@ class Publisher:
         tensors = source.tensors()
         self._segment = Segment(layout("", tensors).nbytes)
         self._manifest = layout(self._segment.name, tensors)
-        self.published = ""
-        """Digest of the weights that were last published, all of them; empty before."""
+        self.published: Published | None = None
+        """What was last published, and proved."""
 
     def publish(self, version: int) -> dict[str, float]:
         """Move the newest weights to every engine as `version`. Metrics: weights/probe_max_abs (nats), weights/bytes.
@@ -73,12 +89,27 @@ class Publisher:
         if differing := self._source.differing(self._manifest):
             raise PublicationError(f"version {version}: learner ranks disagree with what was published of {differing}")
         self._target.update_weights(self._manifest, version)
-        published = {name: checksum(tensor) for name, tensor in attach(self._manifest).items()}
+        checksums = {name: checksum(tensor) for name, tensor in attach(self._manifest).items()}
         for engine, held in zip(self._target.names, self._target.checksums(), strict=True):
-            if wrong := [name for name, value in published.items() if held.get(name) != value]:
+            if wrong := [name for name, value in checksums.items() if held.get(name) != value]:
                 raise PublicationError(f"version {version}: {engine} holds other bytes than the learner in {wrong}")
-        self.published = hashlib.blake2b(json.dumps(published, sort_keys=True).encode(), digest_size=16).hexdigest()
-        return {"weights/probe_max_abs": self._compare(version), "weights/bytes": float(self._manifest.nbytes)}
+        worst = self._compare(version)
+        self.published = Published(version, checksums)
+        return {"weights/probe_max_abs": worst, "weights/bytes": float(self._manifest.nbytes)}
+
+    def copies(self) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+        """Where weights are when the learner is lost, and they, one after the other in the same memory: what is left in
+        the segment, and what each engine that answers has, which it writes there.
+
+        To be compared with `published`: the learner may have been publishing, or may still be.
+        """
+        yield "the segment", attach(self._manifest)
+        for number, name in enumerate(self._target.names):
+            try:
+                self._target.write_weights(self._manifest, number)
+            except PbsdError:
+                continue
+            yield name, attach(self._manifest)
 
     def _compare(self, version: int) -> float:
         expected = self._source.log_probs(Batch({"tokens": [np.array(tokens) for tokens in self._probe]}))
