@@ -10,6 +10,7 @@ from pathlib import Path
 
 import yaml
 
+from megatron_pbsd.checkpointing import recovery
 from megatron_pbsd.checkpointing.errors import CheckpointError
 from megatron_pbsd.checkpointing.fsck import examine
 from megatron_pbsd.checkpointing.manifest import MANIFEST, files_in, read_manifest
@@ -22,8 +23,9 @@ from megatron_pbsd.observability.records import CONFIG
 
 @dataclass(frozen=True)
 class Listed:
-    """state: complete, partial (being written, or left by a run that died) or damaged. bytes: on disk.
-    age_s: since it was written. kept: the reasons for which it stays, by the run's configuration."""
+    """state: complete, partial (being written, or left by a run that died), damaged, or weights (recovered from the
+    engines, to go on from with the newest checkpoint's optimizer state). bytes: on disk. age_s: since it was written.
+    kept: the reasons for which it stays, by the run's configuration."""
 
     name: str
     step: int | None
@@ -37,25 +39,30 @@ def checkpoints_of(path: str | Path) -> Path:
     """The folder of checkpoints that `path` is, or has. UsageError when it is neither."""
     folder = Path(path)
     for candidate in (folder / "checkpoints", folder):
-        if candidate.is_dir() and (complete(candidate) or list(candidate.glob(f"step_*{PARTIAL}"))):
+        if candidate.is_dir() and (complete(candidate) or list(candidate.glob(f"step_*{PARTIAL}"))
+                                   or (candidate / recovery.RECOVERED).is_dir()):
             return candidate
     raise UsageError(f"{folder} " + ("has no checkpoints" if folder.is_dir() else "does not exist")
                      + ": expected a run's folder, or one with step_… in it")
 
 
 def listed(folder: Path) -> list[Listed]:
-    """All checkpoints of a folder by step, those in the making last."""
-    why, found = _reasons(folder), []
-    for path in complete(folder):
-        try:
-            manifest = read_manifest(path)
-            found.append(Listed(path.name, manifest.step, manifest.nbytes, _age(manifest.written), "complete",
-                                tuple(why.get(path.name, ()))))
-        except CheckpointError:
-            found.append(Listed(path.name, None, _size(path), _age(path.stat().st_mtime), "damaged", ()))
+    """All checkpoints of a folder by step, then weights that were recovered, and checkpoints in the making."""
+    why = _reasons(folder)
+    found = [_listed(path, "complete", tuple(why.get(path.name, ()))) for path in complete(folder)]
+    if (recovered := folder / recovery.RECOVERED).is_dir():
+        found.append(_listed(recovered, "weights", ("newer",)))
     for path in sorted(folder.glob(f"step_*{PARTIAL}")):
         found.append(Listed(path.name, None, _size(path), _age(path.stat().st_mtime), "partial", ()))
     return found
+
+
+def _listed(path: Path, state: str, kept: tuple[str, ...]) -> Listed:
+    try:
+        manifest = read_manifest(path)
+    except CheckpointError:
+        return Listed(path.name, None, _size(path), _age(path.stat().st_mtime), "damaged", ())
+    return Listed(path.name, manifest.step, manifest.nbytes, _age(manifest.written), state, kept)
 
 
 def print_list(found: Sequence[Listed], as_json: bool) -> None:
@@ -73,11 +80,14 @@ def print_list(found: Sequence[Listed], as_json: bool) -> None:
 
 
 def verified(path: str | Path) -> dict[str, list[str]]:
-    """Checkpoint → what is wrong with it. `path`: a checkpoint, or what `checkpoints_of` knows."""
+    """Checkpoint, or recovered weights → what is wrong with it. `path`: one of them, or what `checkpoints_of` knows."""
     folder = Path(path)
-    one = (folder / MANIFEST).exists() or complete(folder.parent).count(folder) > 0
-    chosen = [folder] if one else complete(checkpoints_of(folder))
-    return {str(checkpoint): examine(checkpoint) for checkpoint in chosen}
+    if (folder / MANIFEST).exists() or folder in complete(folder.parent):
+        chosen = [folder]
+    else:
+        checkpoints = checkpoints_of(folder)
+        chosen = complete(checkpoints) + [p for p in [checkpoints / recovery.RECOVERED] if p.is_dir()]
+    return {str(one): recovery.problems(one) if one.name == recovery.RECOVERED else examine(one) for one in chosen}
 
 
 def print_verified(results: dict[str, list[str]], as_json: bool) -> None:

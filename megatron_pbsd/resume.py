@@ -65,8 +65,8 @@ def find_start(checkpoints: CheckpointStore, config: RunConfig, resume: str | No
 
 @contextmanager
 def leaving_weights(publisher: Publisher, checkpoints: Path, config: RunConfig) -> Iterator[None]:
-    """If the block fails, the learner is lost, and its weights with it unless a checkpoint has them: keep those that the
-    engines were last given."""
+    """If the block fails, the learner is lost, and its weights with it unless a checkpoint has them: keep those
+    that the engines were last given."""
     try:
         yield
     except Exception:

@@ -69,10 +69,11 @@ def keep(
         shutil.rmtree(final, ignore_errors=True)
         draft.rename(final)
         sync(checkpoints)
-    except OSError as error:
-        raise CheckpointError(f"{draft}: {error}") from error
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{final} was not written: {error}") from error
     finally:
-        shutil.rmtree(draft, ignore_errors=True)
+        for unfinished in checkpoints.glob(f"{DRAFT}*"):
+            shutil.rmtree(unfinished, ignore_errors=True)
     return final
 
 

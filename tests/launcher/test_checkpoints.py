@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
 from launcher.bench.checkpoint import RANKS, write_part
 from launcher.cli import main
+from megatron_pbsd.checkpointing import recovery
 from megatron_pbsd.checkpointing.fsck import LEARNER
 from megatron_pbsd.checkpointing.manifest import Contents
 from megatron_pbsd.checkpointing.store import CheckpointStore
 from megatron_pbsd.checkpointing.torch_dist import writer_name
 from megatron_pbsd.config import CheckpointConfig
+from megatron_pbsd.resharding.manifest import checksum
 
 POLICY = {"keep": 1, "keep_every": 2, "best": {"metric": "eval/f1"}}
 
@@ -75,6 +78,19 @@ def test_verify_names_file_and_tensor_and_fails(run, capsys):
     code, text = said(capsys, "verify", checkpoints / "step_4", "--json")
     (one,) = json.loads(text)
     assert code == 1 and one["checkpoint"] == str(checkpoints / "step_4") and "tensor.1" in one["problems"][0]
+
+
+def test_recovered_weights_are_listed_and_verified(run, capsys):
+    tensors = {"w": torch.arange(100.0), "b": torch.ones(3)}
+    kept = recovery.keep(run / "checkpoints", Contents(7), tensors, {n: checksum(t) for n, t in tensors.items()}, run)
+    found = {one["name"]: one for one in json.loads(said(capsys, "list", run, "--json")[1])}
+    assert (found["recovered"]["step"], found["recovered"]["state"]) == (7, "weights")
+    assert said(capsys, "verify", run)[0] == 0
+    content = bytearray((kept / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (kept / "model.safetensors").write_bytes(content)
+    code, text = said(capsys, "verify", run)
+    assert code == 1 and "model.safetensors is damaged" in text and "manifest's, in w" in text
 
 
 def test_a_folder_without_checkpoints_is_said(tmp_path, capsys):
