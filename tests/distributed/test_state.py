@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from megatron_pbsd import losses
 from megatron_pbsd.checkpointing.torch_dist import Reader, Writer, assemble, unfinished, write_common, writer_name
@@ -195,6 +196,34 @@ def test_another_precision(ranks, folders, saved, source, target):
     for name in (name for kind, name in expected[0][3] if kind == "weights"):
         exact = [state.get(("param", name), state["weights", name]) for state in (found, expected[0][3])]
         np.testing.assert_array_equal(*exact, err_msg=name)
+
+
+def run_with_newer_weights(rank, rendezvous, folder, name, load_from, newer):
+    learner = make_learner(rank, rendezvous, folder, name, "random", seed=99)
+    try:
+        learner.load(load_from)
+        learner.replace_weights(newer, steps=1)
+        return everything(learner, rank, world_size(name)), learner.step(make_batch(0)).metrics
+    finally:
+        learner.close()
+
+
+@pytest.mark.parametrize("name", ["dp2-distributed-bfloat16", "pp2-value"])
+def test_newer_weights_with_an_older_optimizer_state(ranks, folders, saved, tmp_path, name):
+    """Weights, and what bfloat16 ones are rounded from, are those of the folder; the schedule is as far as they are."""
+    folder, expected = saved(name, "tied")
+    newer = {key: (1.5 * tensor).bfloat16().float() for key, tensor in load_file(
+        folders["tied"] / "model.safetensors").items()}
+    save_file(newer, tmp_path / "model.safetensors")
+    state, metrics = ranks.run(
+        run_with_newer_weights, world_size(name), folders["tied"], name, folder, str(tmp_path))[0]
+    assert state.keys() == expected[0][3].keys()
+    assert {"exp_avg", "exp_avg_sq", "weights"} | ({"param"} if "bfloat16" in name else set()) == {k for k, _ in state}
+    for (kind, key), values in state.items():
+        is_replaced = kind in ("weights", "param") and not key.startswith("value_head.")
+        np.testing.assert_array_equal(
+            values, newer[key].numpy() if is_replaced else expected[0][3][kind, key], err_msg=f"{kind} {key}")
+    assert metrics["lr"] == expected[0][0][1]["lr"] != expected[0][0][0]["lr"]
 
 
 def test_each_element_is_written_once_and_evenly(ranks, folders, saved):

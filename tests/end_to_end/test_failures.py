@@ -5,12 +5,17 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import time
 
 import pytest
 from pbsd_process import INLINE, SMALL, none_left
+from safetensors.torch import load_file
 from small_disk import small_disk
+
+from megatron_pbsd.resharding.manifest import checksum
+from megatron_pbsd.resharding.publication import Published
 
 
 @pytest.mark.parametrize("victim", ["learner-1", "engine-0"])
@@ -24,6 +29,7 @@ def test_a_component_that_dies_is_named_and_finished_trajectories_stay(pbsd, vic
     assert f"{victim} died" in errors and "Traceback" not in errors
     assert none_left(family)
     done = max(row["step"] for row in run.rows())
+    assert f"the weights of step {done}, which the learner has lost, were recovered from the engines" in errors
     kept = sorted(path.name for path in (run.folder / "trajectories").glob("*.jsonl"))
     assert f"step_{done:06d}.jsonl" in kept
     for path in (run.folder / "trajectories").glob("*.jsonl"):
@@ -36,6 +42,52 @@ def test_a_component_that_dies_is_named_and_finished_trajectories_stay(pbsd, vic
     assert (run.folder / "error.log").read_text()
 
 
+@pytest.mark.slow
+def test_weights_that_a_learner_lost_are_gone_on_from(pbsd):
+    """A rank is killed between checkpoints. The next run has the weights that the engines had, bit for bit, and takes
+    up the trajectories that they had made with them; or, if these are damaged, begins from the checkpoint."""
+    options = (*SMALL, "--checkpoint.every", "3")
+    run = pbsd("lost", *options, "--steps", "1000")
+    run.wait_for_step(4)
+    _, finished = wait_for_rollout_after(run, lambda: max(row["step"] for row in run.rows()))
+    run.component("learner-1").kill()
+    code, errors = run.finish()
+    assert code == 1 and "learner-1 died" in errors and "Traceback" not in errors
+    done = max(row["step"] for row in run.rows())
+    saved = done // 3 * 3
+    assert done % 3, "killed right after a checkpoint: nothing to recover"
+    assert f"the weights of step {done}, " in errors and f"with the optimizer state of step_{saved}" in errors
+
+    recovered = load_file(run.folder / "checkpoints" / "recovered" / "model.safetensors")
+    held = Published(done, {name: checksum(tensor) for name, tensor in sorted(recovered.items())})
+    origin = json.loads((run.folder / "trajectories" / f"step_{done + 1:06d}.unscored.origin").read_text())
+    assert origin["weights"] == held.digest
+
+    spoilt = shutil.copytree(run.folder, run.folder.with_name("spoilt"))
+    weights = spoilt / "checkpoints" / "recovered" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    code, errors = pbsd("spoilt", *options, "--steps", str(done + 2), "--resume").finish()
+    assert code == 1 and f"Go on without them with --resume step_{saved}" in errors
+    assert re.search(r"recovered/model.safetensors is damaged: .* in model\.\S+\.weight\.", errors)
+    rows = pbsd("spoilt", *options, "--steps", str(saved + 1), "--resume", f"step_{saved}").succeed()
+    assert [row["step"] for row in rows] == list(range(saved + 2))
+
+    resumed = pbsd("lost", *options, "--steps", str(done + 2), "--resume")
+    code, errors = resumed.finish()
+    assert code == 0, errors
+    assert f"recovered weights of step {done} from the engines; optimizer state of step {saved}" in errors
+    rows = resumed.rows()
+    assert [row["step"] for row in rows] == list(range(done + 3))
+    first = rows[done + 1]
+    assert (first["recovered/weights_step"], first["recovered/optimizer_step"]) == (done, saved)
+    assert first["rollout/taken_up"] >= finished > 0
+    assert not [row for row in rows if "recovered/weights_step" in row and row is not first]
+    assert f"weights of step {done} recovered" in (run.folder / "report.html").read_text()
+    assert not (run.folder / "checkpoints" / "recovered").exists()
+
+
 def test_a_killed_driver_leaves_nothing_behind_and_resumes_to_the_same_losses(pbsd):
     """SIGKILL in a rollout after a checkpoint; the resumed run repeats what an uninterrupted one does, and does not
     generate again what had been finished."""
@@ -43,7 +95,7 @@ def test_a_killed_driver_leaves_nothing_behind_and_resumes_to_the_same_losses(pb
     whole = pbsd("whole", *options).succeed()
     run = pbsd("killed", *options)
     run.wait_for_step(1)
-    step, finished = wait_for_rollout_after_checkpoint(run)
+    step, finished = wait_for_rollout_after(run, lambda: newest_checkpoint(run))
     family = run.family()
     run.process.kill()
     run.process.communicate()
@@ -58,11 +110,15 @@ def test_a_killed_driver_leaves_nothing_behind_and_resumes_to_the_same_losses(pb
             assert ours[key] == pytest.approx(theirs[key], rel=1e-4, abs=1e-6), (ours["step"], key)
 
 
-def wait_for_rollout_after_checkpoint(run):
-    """(step, trajectories that it has finished) of a rollout with the weights of the newest checkpoint."""
+def newest_checkpoint(run):
+    latest = run.folder / "checkpoints" / "latest"
+    return int(latest.read_text().removeprefix("step_")) if latest.exists() else -1
+
+
+def wait_for_rollout_after(run, done):
+    """(step, trajectories that it has finished) of a rollout with the weights of step `done()`."""
     while run.process.poll() is None:
-        latest = run.folder / "checkpoints" / "latest"
-        step = int(latest.read_text().removeprefix("step_")) + 1 if latest.exists() else 0
+        step = done() + 1
         unscored = run.folder / "trajectories" / f"step_{step:06d}.unscored.jsonl"
         try:
             if finished := unscored.read_text().count("\n"):
