@@ -18,6 +18,7 @@ from megatron_pbsd.resharding.manifest import checksum
 from megatron_pbsd.resharding.publication import Published
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("victim", ["learner-1", "engine-0"])
 def test_a_component_that_dies_is_named_and_finished_trajectories_stay(pbsd, victim):
     run = pbsd(f"dies-{victim}", *SMALL, "--steps", "1000", "--checkpoint.every", "0")
@@ -88,6 +89,7 @@ def test_weights_that_a_learner_lost_are_gone_on_from(pbsd):
     assert not (run.folder / "checkpoints" / "recovered").exists()
 
 
+@pytest.mark.slow
 def test_a_killed_driver_leaves_nothing_behind_and_resumes_to_the_same_losses(pbsd):
     """SIGKILL in a rollout after a checkpoint; the resumed run repeats what an uninterrupted one does, and does not
     generate again what had been finished."""
