@@ -1,9 +1,11 @@
-"""Checkpoints: whether what was saved survives its writers.
+"""Checkpoints: for how long they keep the learner from training, and whether what was saved survives its writers.
 
+stall_ratio  and what it is made of: see checkpoint_stall.py, which `overrides` are for
 kill_trials  how often processes that were writing checkpoints got SIGKILL, at a random moment: a driver, which commits,
              with its ranks or without them
 kill_lost    of these, after how many a checkpoint that had been reported as committed was not there any more
 kill_wrong   of these, after how many something could be loaded that was not what was saved
+kill_committed  checkpoints that were reported as committed, in all trials together
 
 Trials follow each other in one folder, each going on from the newest checkpoint, or writing it once more.
 """
@@ -26,13 +28,13 @@ from typing import Any
 
 import torch
 
+from launcher.bench import checkpoint_stall
 from megatron_pbsd.checkpointing.errors import CheckpointError
 from megatron_pbsd.checkpointing.fsck import LEARNER, examine
 from megatron_pbsd.checkpointing.manifest import Contents, read_manifest
 from megatron_pbsd.checkpointing.store import CheckpointStore, complete, step_of
 from megatron_pbsd.checkpointing.torch_dist import Reader, Writer, write_common, writer_name
 from megatron_pbsd.config import CheckpointConfig
-from megatron_pbsd.errors import UsageError
 
 TRIALS, RANKS = 50, 2
 TENSORS, ROWS, COLUMNS = 3, 64, 64
@@ -43,11 +45,11 @@ DEADLINE_S = 30.0
 
 
 def run(overrides: Sequence[str] = ()) -> dict[str, Any]:
-    if overrides:
-        raise UsageError(f"this bench has nothing to override: {' '.join(overrides)}")
+    stall = checkpoint_stall.run(overrides)
     with tempfile.TemporaryDirectory(prefix="pbsd-bench-") as folder:
         killed = kill_trials(Path(folder), TRIALS)
-    return {"kill_trials": killed.trials, "kill_lost": killed.lost, "kill_wrong": killed.wrong}
+    return stall | {"kill_trials": killed.trials, "kill_lost": killed.lost, "kill_wrong": killed.wrong,
+                    "kill_committed": killed.checkpoints}
 
 
 @dataclass
