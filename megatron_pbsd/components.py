@@ -153,29 +153,30 @@ class Components:
         ranks = [writer_name(rank) for rank in range(layout["world_size"])]
         contents = Contents(
             step, layout, {name: float(value) for name, value in metrics.items()}, position(self.config, step))
-        with self.checkpoints.writing(contents, needed, ranks, then=self._export(step)) as folder:
+        with self.checkpoints.writing(contents, needed, ranks, then=exporter(self.config, step)) as folder:
             self.learner.save(str(folder.resolve() / LEARNER), wait=False)
 
-    def _export(self, step: int) -> Callable[[Path], None] | None:
-        """What exports the policy of this step's checkpoint, if that is asked for."""
-        when, is_last = self.config.checkpoint.export_hf, step == self.config.steps
-        if when == "never" or (when == "final" and not is_last):
-            return None
-        run, origin = self.recorder.folder, Path(self.config.model.path)
-        folder = run / (EXPORTED if is_last else f"{EXPORTED}_step_{step}")
 
-        def export(checkpoint: Path) -> None:
-            try:
-                export_checkpoint(checkpoint / LEARNER, origin, folder)
-            except Exception as error:
-                raise CheckpointError(
-                    f"{checkpoint} is complete, but could not be exported to {folder}: {error}") from error
-            kept = {f"{EXPORTED}_{path.name}" for path in complete(checkpoint.parent)}
-            for old in run.glob(f"{EXPORTED}_step_*"):
-                if old.name not in kept:
-                    shutil.rmtree(old)
+def exporter(config: RunConfig, step: int) -> Callable[[Path], None] | None:
+    """What writes the policy of this step's checkpoint, which it is given, as a Hugging Face folder, if that is asked
+    for; those of checkpoints that have gone go too. CheckpointError when it cannot be written."""
+    when, is_last = config.checkpoint.export_hf, step == config.steps
+    if when == "never" or (when == "final" and not is_last):
+        return None
+    folder = config.folder / (EXPORTED if is_last else f"{EXPORTED}_step_{step}")
 
-        return export
+    def export(checkpoint: Path) -> None:
+        try:
+            export_checkpoint(checkpoint / LEARNER, Path(config.model.path), folder)
+        except Exception as error:
+            raise CheckpointError(
+                f"{checkpoint} is complete, but could not be exported to {folder}: {error}") from error
+        kept = {f"{EXPORTED}_{path.name}" for path in complete(checkpoint.parent)}
+        for old in config.folder.glob(f"{EXPORTED}_step_*"):
+            if old.name not in kept:
+                shutil.rmtree(old)
+
+    return export
 
 
 def score(environment: Environment, groups: Sequence[Group], tasks: dict) -> list[Group]:
