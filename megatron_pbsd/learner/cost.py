@@ -28,22 +28,38 @@ class Cost:
 
     @classmethod
     def of(cls, hf: Mapping[str, Any], predicted: float = 1.0) -> Cost:
-        """From a Hugging Face config: decoders with (grouped-query) causal attention over the whole sequence and gated
-        MLPs, dense or with experts. KeyError naming the field that is missing.
+        """From a Hugging Face config: decoders with causal attention over the whole sequence, by grouped queries or
+        latent, and gated MLPs, dense or with experts. KeyError naming the field that is missing.
 
         predicted: share of positions whose logits are computed, between 0 and 1.
 
         6 operations per position and active matrix weight (PaLM, arXiv 2204.02311, appendix B): 2 forward, 4 backward.
         A router's k experts and the shared ones are active; the embedding is looked up. Attention scores and their
-        product with the values take 4 * heads * head_dim * T^2 per layer forward (Megatron-LM, arXiv 2104.04473,
+        product with the values take 2 * heads * (key + value width) * T^2 per layer forward (Megatron-LM, arXiv 2104.04473,
         appendix), half of it under a causal mask, and three times that with the backward pass.
         """
         hidden, layers, heads = hf["hidden_size"], hf["num_hidden_layers"], hf["num_attention_heads"]
-        head = hf.get("head_dim") or hidden // heads
-        attention = 2 * hidden * head * (heads + (hf.get("num_key_value_heads") or heads))
+        attention, widths = (_latent_attention if hf.get("kv_lora_rank") else _attention)(hf)
         weights = sum(attention + _mlp_weights(hf, layer) for layer in range(layers))
         return cls(linear=6.0 * (weights + predicted * hidden * hf["vocab_size"]),
-                   quadratic=6.0 * layers * heads * head)
+                   quadratic=3.0 * layers * heads * widths)
+
+
+def _attention(hf: Mapping[str, Any]) -> tuple[int, int]:
+    """Weights of a layer's projections; widths of a head's keys and of its values, added."""
+    hidden, heads = hf["hidden_size"], hf["num_attention_heads"]
+    head = hf.get("head_dim") or hidden // heads
+    return 2 * hidden * head * (heads + (hf.get("num_key_value_heads") or heads)), 2 * head
+
+
+def _latent_attention(hf: Mapping[str, Any]) -> tuple[int, int]:
+    """The same of multi-head latent attention (DeepSeek's fields)."""
+    hidden, heads = hf["hidden_size"], hf["num_attention_heads"]
+    keys, values = hf["qk_nope_head_dim"] + hf["qk_rope_head_dim"], hf["v_head_dim"]
+    rank = hf.get("q_lora_rank")
+    queries = rank * (hidden + heads * keys) if rank else hidden * heads * keys
+    latent = hf["kv_lora_rank"] * (hidden + heads * (hf["qk_nope_head_dim"] + values))
+    return queries + latent + hidden * hf["qk_rope_head_dim"] + heads * values * hidden, keys + values
 
 
 def _mlp_weights(hf: Mapping[str, Any], layer: int) -> int:

@@ -15,7 +15,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.module import Float16Module
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 from megatron_pbsd import config
 from megatron_pbsd.learner.context_parallel import SelfAttention
@@ -122,7 +122,10 @@ def transformer_config(
     elif settings.recompute == "selective":
         fields["recompute_granularity"] = "selective"
     dtype = platform.dtype(settings.precision)
-    return TransformerConfig(
+    latent = fields.get("multi_latent_attention", False)
+    if latent and fields["rope_type"] != "yarn":
+        fields["apply_rope_fusion"] = False  # Latent attention has a fused kernel for the other type only.
+    return (MLATransformerConfig if latent else TransformerConfig)(
         **fields,
         tensor_model_parallel_size=parallel.tp,
         pipeline_model_parallel_size=parallel.pp,

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_pbsd.config import ParallelConfig
-from megatron_pbsd.models import glm4_moe, qwen3, qwen3_moe
+from megatron_pbsd.models import deepseek_v3, glm4_moe, kimi_k2, qwen3, qwen3_moe
 from megatron_pbsd.models.errors import ModelError
 from megatron_pbsd.models.family import Family
 
@@ -17,6 +17,8 @@ FAMILIES: Mapping[str, Family] = {
     "qwen3": Family(qwen3.check_fields, qwen3.decoder),
     "qwen3_moe": Family(qwen3_moe.check_fields, qwen3_moe.decoder),
     "glm4_moe": Family(glm4_moe.check_fields, glm4_moe.decoder),
+    "deepseek_v3": Family(deepseek_v3.check_fields, deepseek_v3.decoder),
+    "kimi_k2": Family(kimi_k2.check_fields, kimi_k2.decoder),
 }
 
 

@@ -9,6 +9,32 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
+class RopeScaling:
+    """Rotary frequencies for contexts longer than those a model was first trained on; fields by their usual names.
+
+    factor:  by how much the slowest rotations are slowed down.
+    """
+
+    factor: float
+    original_max_position_embeddings: int
+
+
+@dataclass(frozen=True)
+class YarnScaling(RopeScaling):
+    """YaRN (arXiv 2309.00071, section 3.2): rotations that turn fewer than beta_slow times within the original context
+    are slowed down, those that turn more than beta_fast times are not, and between there is a blend.
+
+    With m(s) = 0.1 s ln(factor) + 1, rotated dimensions are multiplied by m(mscale) / m(mscale_all_dim), and attention
+    scores, where they are scaled for it, by m(mscale_all_dim)^2.
+    """
+
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float = 1.0
+    mscale_all_dim: float = 0.0
+
+
+@dataclass(frozen=True)
 class Experts:
     """Mixture of experts in place of the dense MLP of some layers; fields by their usual names in config.json.
 
@@ -35,9 +61,39 @@ class Experts:
 
 
 @dataclass(frozen=True)
+class LatentAttention:
+    """Multi-head latent attention in place of grouped queries (DeepSeek-V2, arXiv 2405.04434, section 2.1).
+
+    Keys and values of all heads are projections of one normalised latent of width kv_lora_rank per position. A head's
+    queries and keys are qk_nope_head_dim dimensions without position, then qk_rope_head_dim rotated ones, which all
+    keys of a position share; its values have v_head_dim.
+
+    q_lora_rank:      width of a normalised latent of the queries; None: they are projected from the hidden state.
+    rope_interleave:  rotation turns neighbouring dimensions; False: one of the first half with one of the second.
+    """
+
+    q_lora_rank: int | None
+    kv_lora_rank: int
+    qk_nope_head_dim: int
+    qk_rope_head_dim: int
+    v_head_dim: int
+    rope_interleave: bool = True
+
+    @property
+    def qk_head_dim(self) -> int:
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+
+LATENT_NORM_EPS = 1e-6
+"""Of the norms of latents, whatever rms_norm_eps is."""
+
+
+@dataclass(frozen=True)
 class Decoder:
     """RMSNorm, rotary positions, grouped-query attention and SiLU-gated MLPs; fields by their names in config.json.
 
+    latent:         attention of another kind, whose rotated dimensions are then `head_dim`; each head has keys.
+    rope_scaling:   None where frequencies are those of rope_theta alone; `rope.py` has the formulas.
     rotary_factor:  share of each head's dimensions that are rotated, the first ones.
     qkv_bias:       queries, keys and values have biases; no other projection has.
     qk_norm:        queries and keys are normalised per head.
@@ -60,6 +116,8 @@ class Decoder:
     tie_word_embeddings: bool
     rope_theta: float
     qk_norm: bool
+    rope_scaling: RopeScaling | None = None
+    latent: LatentAttention | None = None
     qkv_bias: bool = False
     rotary_factor: float = 1.0
     experts: Experts | None = None
@@ -77,7 +135,8 @@ def hf_tensors(decoder: Decoder) -> Shapes:
     for layer in range(decoder.num_hidden_layers):
         prefix = f"model.layers.{layer}"
         shapes[f"{prefix}.input_layernorm.weight"] = (decoder.hidden_size,)
-        shapes |= _attention(decoder, f"{prefix}.self_attn")
+        attention = _latent_attention if decoder.latent else _attention
+        shapes |= attention(decoder, f"{prefix}.self_attn")
         shapes[f"{prefix}.post_attention_layernorm.weight"] = (decoder.hidden_size,)
         if decoder.experts is not None and decoder.has_experts(layer):
             shapes |= _experts(decoder.experts, decoder.hidden_size, f"{prefix}.mlp")
@@ -91,10 +150,10 @@ def hf_tensors(decoder: Decoder) -> Shapes:
 
 def ignored_tensor(decoder: Decoder, name: str) -> bool:
     """Whether a checkpoint may hold this tensor without it being a part of the model: a layer for multi-token
-    prediction, or the copy that some writers keep of a tied embedding."""
+    prediction, the copy that some writers keep of a tied embedding, or rotary frequencies, which config.json gives."""
     layers = range(decoder.num_hidden_layers, decoder.num_hidden_layers + decoder.mtp_layers)
     tied_copy = decoder.tie_word_embeddings and name == "lm_head.weight"
-    return tied_copy or name.startswith(tuple(f"model.layers.{layer}." for layer in layers))
+    return tied_copy or name.endswith(".rotary_emb.inv_freq") or name.startswith(tuple(f"model.layers.{layer}." for layer in layers))
 
 
 def initial_value(name: str) -> float | None:
@@ -121,6 +180,23 @@ def _attention(decoder: Decoder, prefix: str) -> Shapes:
         shapes |= {f"{prefix}.q_norm.weight": (head,), f"{prefix}.k_norm.weight": (head,)}
     shapes[f"{prefix}.o_proj.weight"] = (hidden, queries)
     return shapes
+
+
+def _latent_attention(decoder: Decoder, prefix: str) -> Shapes:
+    latent, hidden, heads = decoder.latent, decoder.hidden_size, decoder.num_attention_heads
+    assert latent is not None
+    queries, rank = heads * latent.qk_head_dim, latent.q_lora_rank
+    shapes: Shapes = {f"{prefix}.q_proj.weight": (queries, hidden)} if rank is None else {
+        f"{prefix}.q_a_proj.weight": (rank, hidden),
+        f"{prefix}.q_a_layernorm.weight": (rank,),
+        f"{prefix}.q_b_proj.weight": (queries, rank),
+    }
+    return shapes | {
+        f"{prefix}.kv_a_proj_with_mqa.weight": (latent.kv_lora_rank + latent.qk_rope_head_dim, hidden),
+        f"{prefix}.kv_a_layernorm.weight": (latent.kv_lora_rank,),
+        f"{prefix}.kv_b_proj.weight": (heads * (latent.qk_nope_head_dim + latent.v_head_dim), latent.kv_lora_rank),
+        f"{prefix}.o_proj.weight": (hidden, heads * latent.v_head_dim),
+    }
 
 
 def _experts(experts: Experts, hidden: int, prefix: str) -> Shapes:

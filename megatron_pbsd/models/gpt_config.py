@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron_pbsd.models.decoder import Decoder, Experts
+from megatron_pbsd.models.decoder import LATENT_NORM_EPS, Decoder, Experts, LatentAttention, RopeScaling, YarnScaling
 
 
 def problems(decoder: Decoder) -> list[str]:
@@ -17,6 +17,9 @@ def problems(decoder: Decoder) -> list[str]:
     if not rotated or rotated % 2:
         found.append(f"rotary embeddings turn pairs of dimensions, but head_dim = {decoder.head_dim} * "
                      f"partial_rotary_factor = {decoder.rotary_factor} gives {rotated} of them")
+    if decoder.latent and decoder.rms_norm_eps != LATENT_NORM_EPS:
+        found.append(f"rms_norm_eps = {decoder.rms_norm_eps:g} is not implemented with latent attention: norms of latents "
+                     f"have {LATENT_NORM_EPS:g}, and Megatron-core has one for all norms")
     return found + (_routing_problems(decoder.experts) if decoder.experts else [])
 
 
@@ -64,7 +67,39 @@ def transformer_config(decoder: Decoder) -> dict[str, Any]:
         "activation_func": "silu",
         "add_bias_linear": False,
         "add_qkv_bias": decoder.qkv_bias,
-    } | (_routing(decoder.experts) if decoder.experts else {})
+    } | (_latent(decoder.latent, decoder) if decoder.latent else {}) | (
+        _routing(decoder.experts) if decoder.experts else {})
+
+
+def _latent(latent: LatentAttention, decoder: Decoder) -> dict[str, Any]:
+    """Fields of MLATransformerConfig."""
+    return {
+        "multi_latent_attention": True,
+        "q_lora_rank": latent.q_lora_rank,
+        "kv_lora_rank": latent.kv_lora_rank,
+        "qk_head_dim": latent.qk_nope_head_dim,
+        "qk_pos_emb_head_dim": latent.qk_rope_head_dim,
+        "v_head_dim": latent.v_head_dim,
+        "kv_channels": latent.v_head_dim,
+        # Latents are normalised; without this Megatron-core leaves their norms out.
+        "qk_layernorm": True,
+        "rotary_base": decoder.rope_theta,
+    } | _latent_rope(decoder.rope_scaling)
+
+
+def _latent_rope(scaling: RopeScaling | None) -> dict[str, Any]:
+    """Megatron-core's defaults are those of a DeepSeek model; its softmax scale has the factor in it in any case."""
+    if not isinstance(scaling, YarnScaling):
+        return {"rope_type": "rope", "rotary_scaling_factor": 1.0, "mscale_all_dim": 0.0}
+    return {
+        "rope_type": "yarn",
+        "rotary_scaling_factor": scaling.factor,
+        "original_max_position_embeddings": scaling.original_max_position_embeddings,
+        "beta_fast": scaling.beta_fast,
+        "beta_slow": scaling.beta_slow,
+        "mscale": scaling.mscale,
+        "mscale_all_dim": scaling.mscale_all_dim,
+    }
 
 
 def _routing(experts: Experts) -> dict[str, Any]:

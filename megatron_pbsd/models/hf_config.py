@@ -14,18 +14,20 @@ from megatron_pbsd.models.errors import ModelError
 
 @dataclass(frozen=True)
 class FieldRule:
-    """mapped: read by the family. only: must have one of `values`. ignored: does not change the mathematics."""
+    """mapped: read by the family. only: must have one of `values`. ignored: does not change the mathematics.
+    advice: what to do about another value."""
 
     kind: Literal["mapped", "only", "ignored"]
     values: tuple[Any, ...] = ()
+    advice: str = ""
 
 
 def mapped() -> FieldRule:
     return FieldRule("mapped")
 
 
-def only(*values: Any) -> FieldRule:
-    return FieldRule("only", values)
+def only(*values: Any, advice: str = "") -> FieldRule:
+    return FieldRule("only", values, advice)
 
 
 def ignored() -> FieldRule:
@@ -44,7 +46,7 @@ DECODER_FIELDS: Mapping[str, FieldRule] = {
     "hidden_act": only("silu"),
     "is_encoder_decoder": only(False),
     "chunk_size_feed_forward": only(0),
-    "quantization_config": only(None),
+    "quantization_config": only(None, advice="dequantise the weights, to bfloat16 say, and leave the field out"),
     **{name: ignored() for name in (
         "architectures", "transformers_version", "dtype", "torch_dtype", "use_cache", "bos_token_id", "eos_token_id",
         "pad_token_id", "_name_or_path", "return_dict", "output_hidden_states", "output_attentions", "id2label",
@@ -70,7 +72,8 @@ def checked(
                             + (f"; did you mean {near[0]!r}?" if near else ""))
         elif rule.kind == "only" and value not in rule.values:
             problems.append(f"'{prefix}{name}' = {value!r} is not implemented; "
-                            f"supported: {', '.join(map(repr, rule.values))}")
+                            f"supported: {', '.join(map(repr, rule.values))}"
+                            + (f" ({rule.advice})" if rule.advice else ""))
     if problems:
         raise ModelError("config.json: " + "; ".join(problems))
 

@@ -15,6 +15,9 @@ def layout_problems(decoder: Decoder, parallel: ParallelConfig) -> list[str]:
     Context parallelism divides sequences, not the model: any size is possible.
     """
     problems = _indivisible("tp", parallel.tp, _tensor_parallel_lengths(decoder))
+    if decoder.latent and parallel.dynamic_cp:
+        problems.append("learner.parallel.dynamic_cp = True is not for latent attention: Megatron-core divides its "
+                        "sequences over fixed context-parallel ranks; set it to False, and cp for long sequences")
     layers = {"num_hidden_layers": decoder.num_hidden_layers}
     if not_divided := _indivisible("pp", parallel.pp, layers):
         problems += not_divided
@@ -57,6 +60,8 @@ def learner_problems(decoder: Decoder, learner: LearnerConfig) -> list[str]:
 def _tensor_parallel_lengths(decoder: Decoder) -> dict[str, int]:
     experts = decoder.experts
     lengths = {name: getattr(decoder, name) for name in ("num_attention_heads", "num_key_value_heads", "vocab_size")}
+    if decoder.latent:
+        del lengths["num_key_value_heads"]
     if experts is None or not all(experts.layers):
         lengths["intermediate_size"] = decoder.intermediate_size
     if experts is not None and experts.shared_intermediate_size is not None:

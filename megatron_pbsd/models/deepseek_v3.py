@@ -1,0 +1,93 @@
+"""DeepSeek-V3 and R1: latent attention; leading dense layers, then experts chosen by biased sigmoid scores in groups."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from megatron_pbsd.models.decoder import Decoder, Experts, LatentAttention
+from megatron_pbsd.models.errors import ModelError
+from megatron_pbsd.models.hf_config import (
+    DECODER_FIELDS,
+    DECODER_REQUIRED,
+    FieldRule,
+    checked,
+    decoder_values,
+    either,
+    ignored,
+    mapped,
+    only,
+    yarn,
+)
+
+LATENT = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+ROUTING = (
+    "first_k_dense_replace", "moe_intermediate_size", "num_experts_per_tok", "norm_topk_prob", "routed_scaling_factor",
+    "n_group", "topk_group", "n_shared_experts")
+REQUIRED = (*LATENT, *ROUTING, "q_lora_rank")
+COUNT = ("n_routed_experts", "num_local_experts")
+MTP = ("num_nextn_predict_layers", "num_mtp_layers")
+
+FIELDS: Mapping[str, FieldRule] = {
+    **DECODER_FIELDS,
+    "model_type": only("deepseek_v3"),
+    **{name: mapped() for name in (*REQUIRED, *COUNT, *MTP, "rope_interleave", "rope_scaling")},
+    "attention_bias": only(False),
+    # DeepSeek's own code reads these, transformers' has one way.
+    "scoring_func": only("sigmoid"),
+    "topk_method": only("noaux_tc"),
+    "moe_layer_freq": only(1),
+    "pretraining_tp": only(1),
+    **{name: ignored() for name in ("auto_map", "ep_size")},
+    # learner.moe decides how experts are balanced.
+    **{name: ignored() for name in ("aux_loss_alpha", "seq_aux", "output_router_logits")},
+}
+
+
+def check_fields(hf: Mapping[str, Any], fields: Mapping[str, FieldRule] = FIELDS) -> None:
+    """See `Family`."""
+    derived = {}
+    if all(name in hf for name in (*LATENT, "num_attention_heads")):
+        derived = {
+            # Every head has keys and values of its own.
+            "num_key_value_heads": only(hf["num_attention_heads"], None),
+            "head_dim": only(hf["qk_rope_head_dim"]),
+            "qk_head_dim": only(hf["qk_nope_head_dim"] + hf["qk_rope_head_dim"]),
+        }
+    checked(hf, {**fields, **derived}, (*DECODER_REQUIRED, *REQUIRED))
+    if unset := [name for name in (*LATENT, *ROUTING) if hf[name] is None]:
+        raise ModelError("config.json: " + "; ".join(f"{name!r} = None is not implemented" for name in unset))
+    if hf["n_shared_experts"] < 1:
+        raise ModelError(f"config.json: 'n_shared_experts' = {hf['n_shared_experts']} is not implemented; "
+                         "supported: 1 and more")
+
+
+def decoder(hf: Mapping[str, Any]) -> Decoder:
+    """See `Family`."""
+    theta, scaling = yarn(hf)
+    experts = Experts(
+        layers=tuple(layer >= hf["first_k_dense_replace"] for layer in range(hf["num_hidden_layers"])),
+        num_experts=either(hf, *COUNT),
+        num_experts_per_tok=hf["num_experts_per_tok"],
+        moe_intermediate_size=hf["moe_intermediate_size"],
+        scores="sigmoid",
+        norm_topk_prob=hf["norm_topk_prob"],
+        routed_scaling_factor=hf["routed_scaling_factor"],
+        n_group=hf["n_group"],
+        topk_group=hf["topk_group"],
+        score_bias=True,
+        shared_intermediate_size=hf["n_shared_experts"] * hf["moe_intermediate_size"])
+    latent = LatentAttention(
+        q_lora_rank=hf["q_lora_rank"],
+        rope_interleave=hf.get("rope_interleave", True),
+        **{name: hf[name] for name in LATENT})
+    values = decoder_values(hf) | {
+        "num_key_value_heads": hf["num_attention_heads"], "head_dim": hf["qk_rope_head_dim"]}
+    return Decoder(
+        **values,
+        rope_theta=theta,
+        rope_scaling=scaling,
+        qk_norm=False,
+        latent=latent,
+        experts=experts,
+        mtp_layers=either(hf, *MTP))
