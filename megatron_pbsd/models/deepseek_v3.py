@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_pbsd.models.decoder import Decoder, Experts, LatentAttention
+from megatron_pbsd.models.decoder import Decoder, Experts, LatentAttention, YarnScaling
 from megatron_pbsd.models.errors import ModelError
 from megatron_pbsd.models.hf_config import (
     DECODER_FIELDS,
@@ -17,7 +17,6 @@ from megatron_pbsd.models.hf_config import (
     ignored,
     mapped,
     only,
-    yarn,
 )
 
 LATENT = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
@@ -64,7 +63,6 @@ def check_fields(hf: Mapping[str, Any], fields: Mapping[str, FieldRule] = FIELDS
 
 def decoder(hf: Mapping[str, Any]) -> Decoder:
     """See `Family`."""
-    theta, scaling = yarn(hf)
     experts = Experts(
         layers=tuple(layer >= hf["first_k_dense_replace"] for layer in range(hf["num_hidden_layers"])),
         num_experts=either(hf, *COUNT),
@@ -85,9 +83,38 @@ def decoder(hf: Mapping[str, Any]) -> Decoder:
         "num_key_value_heads": hf["num_attention_heads"], "head_dim": hf["qk_rope_head_dim"]}
     return Decoder(
         **values,
-        rope_theta=theta,
-        rope_scaling=scaling,
+        **_rope(hf),
         qk_norm=False,
         latent=latent,
         experts=experts,
         mtp_layers=either(hf, *MTP))
+
+
+YARN = ("factor", "original_max_position_embeddings")
+YARN_OPTIONAL = ("beta_fast", "beta_slow", "mscale", "mscale_all_dim")
+
+
+def _rope(hf: Mapping[str, Any]) -> dict[str, Any]:
+    """rope_theta and rope_scaling; transformers 5 writes both into rope_parameters, 4 wrote them side by side."""
+    sections = [name for name in ("rope_parameters", "rope_scaling") if hf.get(name)]
+    if len(sections) > 1:
+        raise ModelError("config.json: 'rope_parameters' and 'rope_scaling' are two names of one field; keep the first")
+    section = hf[sections[0]] if sections else {}
+    kinds = [name for name in ("rope_type", "type") if name in section]
+    scaled = bool(kinds) and either(section, *kinds) != "default"
+    rules = {"rope_theta": mapped(), "attention_factor": only(None), "truncate": only(True),
+             **{name: mapped() for name in (*YARN, *YARN_OPTIONAL) if scaled},
+             **{name: only("default", "yarn") for name in kinds}}
+    checked(section, rules, YARN if scaled else (), f"{''.join(sections)}.")
+    theta = section.get("rope_theta", hf.get("rope_theta"))
+    if theta is None:
+        raise ModelError("config.json: 'rope_theta' is missing, in 'rope_parameters' and beside it")
+    return {"rope_theta": theta, "rope_scaling": _yarn(section) if scaled else None}
+
+
+def _yarn(section: Mapping[str, Any]) -> YarnScaling:
+    given = {name: section[name] for name in YARN_OPTIONAL if section.get(name)}
+    if ("mscale" in given) != ("mscale_all_dim" in given):
+        raise ModelError(f"config.json: 'mscale' = {section.get('mscale')!r} with 'mscale_all_dim' = "
+                         f"{section.get('mscale_all_dim')!r} of yarn is not implemented; supported: both or neither")
+    return YarnScaling(**{name: section[name] for name in YARN}, **given)

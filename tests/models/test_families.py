@@ -24,6 +24,8 @@ VARIANTS = [
     ("qwen3_moe", {"decoder_sparse_step": 2, "mlp_only_layers": [], "tie_word_embeddings": True}),
     ("glm4_moe", {}),
     ("glm4_moe", {"use_qk_norm": False, "attention_bias": False, "first_k_dense_replace": 3}),
+    ("deepseek_v3", {}),
+    ("deepseek_v3", {"q_lora_rank": None, "first_k_dense_replace": 0, "n_shared_experts": 1}),
 ]
 CHECKPOINT = {"architectures": ["X"], "torch_dtype": "bfloat16", "rope_scaling": None, "use_cache": True}
 """Fields as transformers 4 wrote them."""
