@@ -35,8 +35,8 @@ class Cost:
 
         6 operations per position and active matrix weight (PaLM, arXiv 2204.02311, appendix B): 2 forward, 4 backward.
         A router's k experts and the shared ones are active; the embedding is looked up. Attention scores and their
-        product with the values take 2 * heads * (key + value width) * T^2 per layer forward (Megatron-LM, arXiv 2104.04473,
-        appendix), half of it under a causal mask, and three times that with the backward pass.
+        product with the values take 2 * heads * (key + value width) * T^2 per layer forward (Megatron-LM, arXiv
+        2104.04473, appendix), half of it under a causal mask, and three times that with the backward pass.
         """
         hidden, layers, heads = hf["hidden_size"], hf["num_hidden_layers"], hf["num_attention_heads"]
         attention, widths = (_latent_attention if hf.get("kv_lora_rank") else _attention)(hf)

@@ -170,6 +170,9 @@ def build_model(
             value_head=value_head,
             vp_stage=stage,
             **family.gpt_model(hf)))
+        if not transformer.multi_latent_attention:
+            # Core has Llama 3's scaling for one choice of its constants only. Latent attention rotates in its layers.
+            chunks[-1].rotary_pos_emb.inv_freq = family.inverse_frequencies(hf)
         for name, parameter in chunks[-1].named_parameters():
             if ".mlp.experts." in name:
                 # Core takes experts for ordinary parameters when expert parallelism is 1. With etp < tp, ranks that

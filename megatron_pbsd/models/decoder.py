@@ -28,10 +28,10 @@ class YarnScaling(RopeScaling):
     scores, where they are scaled for it, by m(mscale_all_dim)^2.
     """
 
+    mscale: float
+    mscale_all_dim: float
     beta_fast: float = 32.0
     beta_slow: float = 1.0
-    mscale: float = 1.0
-    mscale_all_dim: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -172,9 +172,10 @@ def hf_tensors(decoder: Decoder) -> Shapes:
 def ignored_tensor(decoder: Decoder, name: str) -> bool:
     """Whether a checkpoint may hold this tensor without it being a part of the model: a layer for multi-token
     prediction, the copy that some writers keep of a tied embedding, or rotary frequencies, which config.json gives."""
+    if name == "lm_head.weight":
+        return decoder.tie_word_embeddings
     layers = range(decoder.num_hidden_layers, decoder.num_hidden_layers + decoder.mtp_layers)
-    tied_copy = decoder.tie_word_embeddings and name == "lm_head.weight"
-    return tied_copy or name.endswith(".rotary_emb.inv_freq") or name.startswith(tuple(f"model.layers.{layer}." for layer in layers))
+    return name.endswith(".rotary_emb.inv_freq") or name.startswith(tuple(f"model.layers.{layer}." for layer in layers))
 
 
 def initial_value(name: str) -> float | None:

@@ -1,4 +1,4 @@
-"""DeepSeek-V3 and R1: latent attention; leading dense layers, then experts chosen by biased sigmoid scores in groups."""
+"""DeepSeek-V3 and R1: latent attention; leading dense layers, then grouped experts chosen by biased sigmoid scores."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from megatron_pbsd.models.hf_config import (
     ignored,
     mapped,
     only,
+    rope,
 )
 
 LATENT = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
@@ -90,31 +91,11 @@ def decoder(hf: Mapping[str, Any]) -> Decoder:
         mtp_layers=either(hf, *MTP))
 
 
-YARN = ("factor", "original_max_position_embeddings")
-YARN_OPTIONAL = ("beta_fast", "beta_slow", "mscale", "mscale_all_dim")
-
-
 def _rope(hf: Mapping[str, Any]) -> dict[str, Any]:
-    """rope_theta and rope_scaling; transformers 5 writes both into rope_parameters, 4 wrote them side by side."""
-    sections = [name for name in ("rope_parameters", "rope_scaling") if hf.get(name)]
-    if len(sections) > 1:
-        raise ModelError("config.json: 'rope_parameters' and 'rope_scaling' are two names of one field; keep the first")
-    section = hf[sections[0]] if sections else {}
-    kinds = [name for name in ("rope_type", "type") if name in section]
-    scaled = bool(kinds) and either(section, *kinds) != "default"
-    rules = {"rope_theta": mapped(), "attention_factor": only(None), "truncate": only(True),
-             **{name: mapped() for name in (*YARN, *YARN_OPTIONAL) if scaled},
-             **{name: only("default", "yarn") for name in kinds}}
-    checked(section, rules, YARN if scaled else (), f"{''.join(sections)}.")
-    theta = section.get("rope_theta", hf.get("rope_theta"))
-    if theta is None:
-        raise ModelError("config.json: 'rope_theta' is missing, in 'rope_parameters' and beside it")
-    return {"rope_theta": theta, "rope_scaling": _yarn(section) if scaled else None}
-
-
-def _yarn(section: Mapping[str, Any]) -> YarnScaling:
-    given = {name: section[name] for name in YARN_OPTIONAL if section.get(name)}
-    if ("mscale" in given) != ("mscale_all_dim" in given):
-        raise ModelError(f"config.json: 'mscale' = {section.get('mscale')!r} with 'mscale_all_dim' = "
-                         f"{section.get('mscale_all_dim')!r} of yarn is not implemented; supported: both or neither")
-    return YarnScaling(**{name: section[name] for name in YARN}, **given)
+    found = rope(hf, scalings={"yarn": YarnScaling})
+    yarn = found["rope_scaling"]
+    if yarn is not None and not (yarn.mscale and yarn.mscale_all_dim) and (yarn.mscale, yarn.mscale_all_dim) != (1, 0):
+        # Here DeepSeek's own code and transformers differ.
+        raise ModelError(f"config.json: 'mscale' = {yarn.mscale} with 'mscale_all_dim' = {yarn.mscale_all_dim} of yarn "
+                         "is not implemented; supported: two numbers other than 0, or 1 and 0")
+    return found

@@ -6,8 +6,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from megatron_pbsd.config import LearnerConfig, ParallelConfig
-from megatron_pbsd.models import decoder as decoders, gpt_config, layout, mapping
+from megatron_pbsd.models import decoder as decoders, gpt_config, layout, mapping, rope
 from megatron_pbsd.models.decoder import Decoder
 from megatron_pbsd.models.errors import ModelError
 from megatron_pbsd.models.parameters import ParameterMap, RankCoordinates
@@ -36,6 +38,10 @@ class Family:
     def gpt_model(self, hf: Config) -> dict[str, Any]:
         """GPTModel arguments besides its TransformerConfig."""
         return gpt_config.gpt_model(self.decoder(hf))
+
+    def inverse_frequencies(self, hf: Config) -> torch.Tensor:
+        """Of rotary positions, float32 [rotated dimensions / 2]; see `rope.py`."""
+        return rope.inverse_frequencies(self.decoder(hf))[0]
 
     def hf_tensors(self, hf: Config) -> dict[str, tuple[int, ...]]:
         """Name → shape of every tensor, in the order of the model; a tied lm_head is not a tensor of its own."""

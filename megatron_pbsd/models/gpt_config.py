@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron_pbsd.models.decoder import LATENT_NORM_EPS, Decoder, Experts, LatentAttention, RopeScaling, YarnScaling
+from megatron_pbsd.models.decoder import (
+    LATENT_NORM_EPS,
+    Decoder,
+    Experts,
+    LatentAttention,
+    Llama3Scaling,
+    RopeScaling,
+    YarnScaling,
+)
 
 
 def problems(decoder: Decoder) -> list[str]:
@@ -18,8 +26,12 @@ def problems(decoder: Decoder) -> list[str]:
         found.append(f"rotary embeddings turn pairs of dimensions, but head_dim = {decoder.head_dim} * "
                      f"partial_rotary_factor = {decoder.rotary_factor} gives {rotated} of them")
     if decoder.latent and decoder.rms_norm_eps != LATENT_NORM_EPS:
-        found.append(f"rms_norm_eps = {decoder.rms_norm_eps:g} is not implemented with latent attention: norms of latents "
-                     f"have {LATENT_NORM_EPS:g}, and Megatron-core has one for all norms")
+        found.append(f"rms_norm_eps = {decoder.rms_norm_eps:g} is not implemented with latent attention: the norms of "
+                     f"latents have {LATENT_NORM_EPS:g}, and Megatron-core one for all norms")
+    scaling = decoder.rope_scaling
+    if isinstance(scaling, Llama3Scaling) and not scaling.low_freq_factor < scaling.high_freq_factor:
+        found.append(f"low_freq_factor = {scaling.low_freq_factor} of llama3's rotary embeddings is not below "
+                     f"high_freq_factor = {scaling.high_freq_factor}")
     return found + (_routing_problems(decoder.experts) if decoder.experts else [])
 
 

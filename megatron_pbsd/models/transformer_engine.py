@@ -13,8 +13,9 @@ def parameter_names(names: Collection[str]) -> dict[str, str]:
     """Name in the parameter map → name in a model of Transformer Engine layers with grouped experts; `names` are all
     names of one model chunk.
 
-    A norm moves into the linear layer that follows it: attention's unless two layers follow, which are latent
-    attention's down projections; a latent's; and the MLP's where the layer has no experts. A rank's experts are one module with a weight per expert.
+    A norm moves into the linear layer that follows it: the one before grouped-query attention (before latent attention
+    two layers follow), those of latents, and the MLP's where the layer has no experts. A rank's experts are one module
+    with a weight per expert.
     """
     return {name: _renamed(name, names) for name in names}
 

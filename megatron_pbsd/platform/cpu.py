@@ -151,9 +151,9 @@ class Cpu:
         installed = version("megatron-core")
         if installed != MEGATRON_VERSION:
             raise PlatformError(f"megatron-core {installed} is installed; the CPU platform needs {MEGATRON_VERSION}")
+        from megatron.core.extensions.transformer_engine import HAVE_TE
         from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
         from megatron.core.tensor_parallel import mappings, random
-        from megatron.core.extensions.transformer_engine import HAVE_TE
         from megatron.core.transformer import multi_latent_attention
         from megatron.core.transformer.moe import moe_utils, token_dispatcher
 

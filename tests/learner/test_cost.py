@@ -13,6 +13,10 @@ from megatron_pbsd.learner.cost import Cost
 SHAPES = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 80, "num_hidden_layers": 3,
           "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 128}
 EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+LATENT = {
+    "kv_lora_rank": 48, "qk_nope_head_dim": 24, "qk_rope_head_dim": 8, "v_head_dim": 20, "head_dim": 8,
+    "num_key_value_heads": 4, "n_routed_experts": 8, "n_shared_experts": 2, "first_k_dense_replace": 1, "n_group": 1,
+    "topk_group": 1}
 MODELS = {
     "qwen3": {},
     "llama": {"head_dim": 16},
@@ -20,13 +24,15 @@ MODELS = {
     "qwen2_moe": {**EXPERTS, "shared_expert_intermediate_size": 40, "head_dim": 16, "decoder_sparse_step": 2},
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "glm4_moe": {**EXPERTS, "n_routed_experts": 8, "n_shared_experts": 2, "first_k_dense_replace": 1},
+    "deepseek_v3": {**EXPERTS, **LATENT, "q_lora_rank": 40},
+    "deepseek_v3, queries without a latent": {**EXPERTS, **LATENT, "q_lora_rank": None},
 }
 
 
 @pytest.mark.parametrize("positions", [16, 64])
-@pytest.mark.parametrize("model_type", MODELS)
-def test_operations_of_a_training_pass(model_type, positions):
-    config = AutoConfig.for_model(model_type, **{**SHAPES, **MODELS[model_type]})
+@pytest.mark.parametrize("model", MODELS)
+def test_operations_of_a_training_pass(model, positions):
+    config = AutoConfig.for_model(model.partition(",")[0], **{**SHAPES, **MODELS[model]})
     # Attention and experts in plain matrix products, which the counter knows.
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", experts_implementation="eager")
     with FlopCounterMode(display=False) as counter:

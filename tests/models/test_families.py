@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from safetensors import safe_open
-from tiny_models import TINY, make_tiny, tiny_config
+from tiny_models import TINY, YARN, make_tiny, tiny_config
 
 from megatron_pbsd.config import ParallelConfig
 from megatron_pbsd.models import ModelError, family
@@ -16,8 +17,18 @@ from megatron_pbsd.models.decoder import initial_value, kept_in_float32
 from megatron_pbsd.models.hf_config import read
 from megatron_pbsd.models.parameters import coordinates
 from megatron_pbsd.models.transformer_engine import parameter_names
+from megatron_pbsd.platform.cpu import Cpu
 
+SMOLLM2 = {"num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 36, "head_dim": 4,
+           "tie_word_embeddings": True, "rope_parameters": {"rope_type": "default", "rope_theta": 1e5}}
 VARIANTS = [
+    ("llama", {}),
+    ("llama", SMOLLM2),
+    ("mistral", {}),
+    ("mixtral", {}),
+    ("mixtral", {"tie_word_embeddings": True, "head_dim": None}),
+    ("qwen2", {}),
+    ("qwen2", {"tie_word_embeddings": True}),
     ("qwen3", {}),
     ("qwen3", {"tie_word_embeddings": True}),
     ("qwen3_moe", {}),
@@ -57,6 +68,7 @@ def test_new_tensors_start_as_in_transformers(model_type):
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**hf))
     state = model.state_dict()
     for name in family(hf).hf_tensors(hf):
+        name = name.replace("block_sparse_moe", "mlp")
         if name not in state:  # an expert's part of a tensor that transformers fuses in memory
             name = f"{name.partition('.experts.')[0]}.experts.down_proj"
         value = initial_value(name)
@@ -76,15 +88,17 @@ def test_only_score_biases_are_kept_in_float32_by_transformers_too(tmp_path):
 
 
 def megatron_config(hf):
-    from megatron.core.transformer.transformer_config import TransformerConfig
+    from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
     fields = family(hf).transformer_config(hf)
-    return TransformerConfig(**fields | {"activation_func": getattr(torch.nn.functional, fields["activation_func"])})
+    kind = MLATransformerConfig if "kv_lora_rank" in fields else TransformerConfig
+    return kind(**fields | {"activation_func": getattr(torch.nn.functional, fields["activation_func"])})
 
 
 ROUTING = st.one_of(
     st.builds(lambda k, normalise: ("qwen3_moe", {"num_experts_per_tok": k, "norm_topk_prob": normalise}),
               st.integers(2, 8), st.booleans()),
+    st.builds(lambda k: ("mixtral", {"num_experts_per_tok": k}), st.integers(2, 8)),
     st.just(("qwen3_moe", {"num_experts_per_tok": 1, "norm_topk_prob": False})),
     st.builds(lambda k, scale: ("glm4_moe", {"num_experts_per_tok": k, "routed_scaling_factor": scale}),
               st.integers(2, 8), st.sampled_from([1.0, 2.5])),
@@ -100,11 +114,13 @@ def test_megatron_routes_as_transformers_does(variant, seed):
     from megatron.core.transformer.moe.moe_utils import topk_routing_with_score_function
     from transformers import AutoConfig
     from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeTopkRouter
+    from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
     from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
     model_type, changes = variant
     hf = tiny_config(model_type, **changes)
-    router = {"qwen3_moe": Qwen3MoeTopKRouter, "glm4_moe": Glm4MoeTopkRouter}[model_type](AutoConfig.for_model(**hf))
+    router = {"qwen3_moe": Qwen3MoeTopKRouter, "glm4_moe": Glm4MoeTopkRouter, "mixtral": MixtralTopKRouter}[
+        model_type](AutoConfig.for_model(**hf))
     torch.manual_seed(seed)
     bias = None
     with torch.no_grad():
@@ -156,11 +172,50 @@ def test_rotary_embeddings_turn_what_transformers_turns(changes, factor):
     torch.testing.assert_close(Glm4MoeRotaryEmbedding(AutoConfig.for_model(**hf)).inv_freq, expected)
 
 
+@settings(max_examples=60)
+@given(
+    scaling=st.none() | st.builds(
+        lambda factor, low, ratio, original: {
+            "rope_type": "llama3", "factor": factor, "low_freq_factor": low, "high_freq_factor": low * ratio,
+            "original_max_position_embeddings": original},
+        st.floats(1, 64), st.floats(0.1, 4), st.floats(1.01, 10), st.integers(8, 2**17)),
+    theta=st.floats(100, 1e7), head=st.integers(1, 64), family_name=st.sampled_from(["llama", "qwen2", "mixtral"]))
+def test_frequencies_are_those_of_transformers_to_the_last_bit(scaling, theta, head, family_name):
+    from transformers import AutoConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    rope = {"rope_type": "default"} | (scaling or {})
+    hf = tiny_config("llama", head_dim=2 * head, rope_parameters=rope | {"rope_theta": theta})
+    expected = LlamaRotaryEmbedding(AutoConfig.for_model(**hf))
+    hf = tiny_config(family_name, head_dim=2 * head, rope_parameters=..., rope_theta=theta, rope_scaling=scaling)
+    assert expected.attention_scaling == 1
+    assert torch.equal(family(hf).inverse_frequencies(hf), expected.inv_freq)
+
+
+def test_smollm2_as_it_is_published():
+    """config.json of SmolLM2-135M-Instruct."""
+    hf = {
+        "architectures": ["LlamaForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 1,
+        "eos_token_id": 2, "hidden_act": "silu", "hidden_size": 576, "initializer_range": 0.041666666666666664,
+        "intermediate_size": 1536, "is_llama_config": True, "max_position_embeddings": 8192, "mlp_bias": False,
+        "model_type": "llama", "num_attention_heads": 9, "num_hidden_layers": 30, "num_key_value_heads": 3,
+        "pad_token_id": 2, "pretraining_tp": 1, "rms_norm_eps": 1e-05, "rope_interleaved": False,
+        "rope_scaling": None, "rope_theta": 100000, "tie_word_embeddings": True, "torch_dtype": "bfloat16",
+        "transformers.js_config": {"kv_cache_dtype": {"q4f16": "float16"}}, "transformers_version": "4.42.3",
+        "use_cache": True, "vocab_size": 49152}
+    assert sum(math.prod(shape) for shape in family(hf).hf_tensors(hf).values()) == 134_515_008
+    (problem,) = family(hf).layout_problems(hf, ParallelConfig(world_size=2, tp=2))
+    assert problem.startswith("learner.parallel.tp = 2 does not divide")
+    assert "num_key_value_heads = 3" in problem and "[1, 3]" in problem
+    assert not family(hf).layout_problems(hf, ParallelConfig(world_size=3, tp=3))
+
+
 @pytest.mark.parametrize("model_type", TINY)
 def test_config_as_transformers_4_and_5_write_it(model_type):
     from transformers import AutoConfig
 
-    newer = json.loads(AutoConfig.for_model(model_type, head_dim=64).to_json_string(use_diff=False))
+    newer = AutoConfig.for_model(model_type, head_dim=64, **{"sliding_window": None} if model_type == "mistral" else {})
+    newer = json.loads(newer.to_json_string(use_diff=False))
     assert family(newer).gpt_model(newer)["rotary_base"] == newer["rope_parameters"]["rope_theta"]
     older = tiny_config(model_type, rope_parameters=..., rope_theta=5e5, **CHECKPOINT)
     if model_type == "qwen3_moe":
@@ -178,7 +233,25 @@ def test_config_as_transformers_4_and_5_write_it(model_type):
     ("qwen3", {"rope_parameters": {"rope_type": "default"}}, "'rope_theta' is missing"),
     ("qwen3", {"layer_types": ["sliding_attention"] * 4}, "'layer_types'"),
     ("qwen3", {"sliding_window": 128, "use_sliding_window": True}, "'use_sliding_window'"),
-    ("qwen3", {"rope_scaling": {"type": "yarn"}}, "'rope_scaling'"),
+    ("qwen3", {"rope_scaling": {"type": "yarn"}}, "'rope_parameters' and 'rope_scaling' are two names of one field"),
+    ("llama", {"rope_parameters": ..., "rope_theta": 1.0, "rope_scaling": {"type": "linear", "factor": 2.0}},
+     "'rope_scaling.type' = 'linear' is not implemented; supported: 'default', 'llama3'"),
+    ("llama", {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1.0, "factor": 8.0, "low_freq_factor": 1.0,
+                                   "original_max_position_embeddings": 64}},
+     "'rope_parameters.high_freq_factor' is missing"),
+    ("llama", {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1.0, "factor": 8.0, "low_freq_factor": 4.0,
+                                   "high_freq_factor": 4.0, "original_max_position_embeddings": 64}},
+     "low_freq_factor = 4.0 .* is not below high_freq_factor = 4.0"),
+    ("llama", {"attention_bias": True}, "'attention_bias' = True is not implemented"),
+    ("llama", {"mlp_bias": True}, "'mlp_bias' = True is not implemented"),
+    ("llama", {"rope_interleaved": True}, "'rope_interleaved' = True is not implemented"),
+    ("qwen2", {"use_sliding_window": True}, "'use_sliding_window' = True is not implemented"),
+    ("qwen2", {"layer_types": ["full_attention"] * 3 + ["sliding_attention"]}, "'layer_types'"),
+    ("mistral", {"sliding_window": 4096}, "'sliding_window' = 4096 is not implemented; supported: None"),
+    ("mistral", {"sliding_window": ...}, "'sliding_window' is missing"),
+    ("mixtral", {"sliding_window": 4096}, "'sliding_window' = 4096 is not implemented; supported: None"),
+    ("mixtral", {"router_jitter_noise": 0.1}, "'router_jitter_noise' = 0.1 is not implemented"),
+    ("mixtral", {"num_local_experts": ...}, "'num_local_experts' is missing"),
     ("qwen3", {"head_dim": ..., "rms_norm_eps": ...}, "'rms_norm_eps' is missing; 'head_dim' is missing"),
     ("qwen3", {"num_experts": 8}, "'num_experts' = 8 is not known"),
     ("qwen3_moe", {"attention_bias": True}, "'attention_bias' = True is not implemented"),
@@ -195,10 +268,25 @@ def test_config_as_transformers_4_and_5_write_it(model_type):
     ("glm4_moe", {"rope_parameters": {"rope_type": "default", "rope_theta": 1.0, "partial_rotary_factor": 0.2}},
      "head_dim = 16 \\* partial_rotary_factor = 0.2 gives 3"),
     ("glm4_moe", {"num_attention_heads": 5}, "num_attention_heads = 5 is not a multiple of num_key_value_heads = 2"),
+    ("deepseek_v3", {"quantization_config": {"quant_method": "fp8"}}, "'quantization_config' = .*dequantise the"),
+    ("deepseek_v3", {"attention_bias": True}, "'attention_bias' = True is not implemented"),
+    ("deepseek_v3", {"num_key_value_heads": 2}, "'num_key_value_heads' = 2 is not implemented; supported: 4, None"),
+    ("deepseek_v3", {"head_dim": 16}, "'head_dim' = 16 is not implemented; supported: 8"),
+    ("deepseek_v3", {"qk_head_dim": 16}, "'qk_head_dim' = 16 is not implemented; supported: 24"),
+    ("deepseek_v3", {"kv_lora_rank": ..., "v_head_dim": ...}, "'kv_lora_rank' is missing; 'v_head_dim' is missing"),
+    ("deepseek_v3", {"n_group": None}, "'n_group' = None is not implemented"),
+    ("deepseek_v3", {"scoring_func": "softmax"}, "'scoring_func' = 'softmax' is not implemented; supported: 'sigmoid'"),
+    ("deepseek_v3", {"rms_norm_eps": 1e-5}, "rms_norm_eps = 1e-05 is not implemented with latent attention"),
+    ("deepseek_v3", {"rope_parameters": YARN | {"mscale": 0.0}}, "'mscale' = 0.0 with 'mscale_all_dim' = 1.0 of yarn"),
+    ("deepseek_v3", {"rope_parameters": YARN | {"attention_factor": 1.5}}, "'rope_parameters.attention_factor' = 1.5"),
+    ("deepseek_v3", {"rope_parameters": {"rope_type": "yarn"}}, "'rope_parameters.factor' is missing"),
+    ("deepseek_v3", {"rope_parameters": {"rope_type": "llama3"}}, "'llama3' is not implemented; .* 'default', 'yarn'"),
+    ("kimi_k2", {"first_k_dense_replace": 4}, "no layer has experts"),
 ])
 def test_what_is_not_implemented_is_named(model_type, changes, words):
-    written = {name: value for name, value in changes.items() if value is not ...}
-    left = tiny_config(model_type, **{name: value for name, value in changes.items() if value is ...})
+    written = {"model_type": model_type} | {name: value for name, value in changes.items() if value is not ...}
+    known = "deepseek_v3" if model_type == "kimi_k2" else model_type
+    left = tiny_config(known, **{name: value for name, value in changes.items() if value is ...})
     with pytest.raises(ModelError, match=words):
         family(left | written)
 
@@ -211,6 +299,83 @@ def test_tensors_that_a_checkpoint_may_hold_besides():
         "model.layers.4.eh_proj.weight", "model.layers.5.mlp.gate.weight"}
     tied = tiny_config("qwen3", tie_word_embeddings=True)
     assert {name for name in extra if family(tied).ignored_tensor(tied, name)} == {"lm_head.weight"}
+
+
+@settings(max_examples=60)
+@given(
+    factor=st.floats(1, 64), theta=st.floats(100, 1e7), half=st.integers(2, 64), original=st.integers(64, 2**15),
+    fast=st.floats(1, 64), slow=st.floats(0.5, 1),
+    mscales=st.tuples(st.floats(0.1, 2), st.floats(0.1, 2)) | st.just((1, 0)))
+def test_yarn_turns_and_scales_as_in_transformers(factor, theta, half, original, fast, slow, mscales):
+    import megatron.core.models.common.embeddings.yarn_rotary_pos_embedding as megatron_yarn
+    from transformers import AutoConfig
+    from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention, DeepseekV3RotaryEmbedding
+
+    widths = {"qk_rope_head_dim": 2 * half, "head_dim": 2 * half, "qk_head_dim": 16 + 2 * half}
+    hf = tiny_config("deepseek_v3", **widths, rope_parameters={
+        "rope_type": "yarn", "rope_theta": theta, "factor": factor, "original_max_position_embeddings": original,
+        "beta_fast": fast, "beta_slow": slow, "mscale": mscales[0], "mscale_all_dim": mscales[1]})
+    expected = DeepseekV3RotaryEmbedding(AutoConfig.for_model(**hf))
+    found = megatron_config(hf)
+    assert found.rope_type == "yarn"
+    with Cpu().running():
+        turned, scale = megatron_yarn.YarnRotaryEmbedding(
+            found.qk_pos_emb_head_dim, rotary_base=found.rotary_base, scaling_factor=found.rotary_scaling_factor,
+            original_max_position_embeddings=found.original_max_position_embeddings, beta_fast=found.beta_fast,
+            beta_slow=found.beta_slow, mscale=found.mscale, mscale_all_dim=found.mscale_all_dim).get_emb(2)
+    torch.testing.assert_close(turned[1, 0, 0, :half], expected.inv_freq)
+    assert scale == pytest.approx(expected.attention_scaling)
+    softmax = megatron_yarn._yarn_get_mscale(found.rotary_scaling_factor, found.mscale_all_dim) ** 2
+    width = found.qk_head_dim + found.qk_pos_emb_head_dim
+    assert softmax * width**-0.5 == pytest.approx(DeepseekV3Attention(AutoConfig.for_model(**hf), 0).scaling)
+
+
+PUBLISHED = {
+    "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 0, "eos_token_id": 1, "ep_size": 1,
+    "hidden_act": "silu", "hidden_size": 7168, "initializer_range": 0.02, "intermediate_size": 18432,
+    "kv_lora_rank": 512, "moe_intermediate_size": 2048, "moe_layer_freq": 1, "n_shared_experts": 1,
+    "norm_topk_prob": True, "num_experts_per_tok": 8, "num_hidden_layers": 61, "pretraining_tp": 1,
+    "q_lora_rank": 1536, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "rms_norm_eps": 1e-6,
+    "scoring_func": "sigmoid", "seq_aux": True, "tie_word_embeddings": False, "topk_method": "noaux_tc",
+    "torch_dtype": "bfloat16", "use_cache": True, "v_head_dim": 128,
+    "auto_map": {"AutoConfig": "configuration_deepseek.DeepseekV3Config"}, "architectures": ["DeepseekV3ForCausalLM"]}
+"""What config.json of DeepSeek-V3 and of Kimi-K2-Instruct have in common, quantisation left out."""
+DEEPSEEK = PUBLISHED | {
+    "model_type": "deepseek_v3", "first_k_dense_replace": 3, "max_position_embeddings": 163840, "n_group": 8,
+    "n_routed_experts": 256, "num_attention_heads": 128, "num_key_value_heads": 128, "num_nextn_predict_layers": 1,
+    "rope_theta": 10000, "routed_scaling_factor": 2.5, "topk_group": 4, "vocab_size": 129280,
+    "rope_scaling": {"type": "yarn", "beta_fast": 32, "beta_slow": 1, "factor": 40, "mscale": 1.0,
+                     "mscale_all_dim": 1.0, "original_max_position_embeddings": 4096}}
+KIMI = PUBLISHED | {
+    "model_type": "kimi_k2", "first_k_dense_replace": 1, "max_position_embeddings": 131072, "n_group": 1,
+    "n_routed_experts": 384, "num_attention_heads": 64, "num_key_value_heads": 64, "num_nextn_predict_layers": 0,
+    "aux_loss_alpha": 0.001, "rope_theta": 50000.0, "routed_scaling_factor": 2.827, "topk_group": 1,
+    "vocab_size": 163840,
+    "rope_scaling": {"type": "yarn", "beta_fast": 1.0, "beta_slow": 1.0, "factor": 32.0, "mscale": 1.0,
+                     "mscale_all_dim": 1.0, "original_max_position_embeddings": 4096}}
+
+
+@pytest.mark.parametrize(("hf", "factor", "billions"), [(DEEPSEEK, 40, 671), (KIMI, 32, 1026)])
+def test_latent_attention_as_it_is_published(hf, factor, billions):
+    config = megatron_config(hf)
+    assert (config.rope_type, config.rotary_scaling_factor, config.mscale_all_dim) == ("yarn", factor, 1.0)
+    tensors = family(hf).hf_tensors(hf)
+    assert round(sum(math.prod(shape) for shape in tensors.values()) / 1e9) == billions
+    extra = "model.layers.61.mlp.gate.weight"
+    assert family(hf).ignored_tensor(hf, extra) == (hf["model_type"] == "deepseek_v3")
+    assert family(hf).ignored_tensor(hf, "model.layers.0.self_attn.rotary_emb.inv_freq")
+
+
+def test_norms_of_latents_move_into_the_up_projections():
+    hf, parallel = tiny_config("deepseek_v3"), ParallelConfig(world_size=1, tp=1)
+    renamed = parameter_names(family(hf).pieces(hf, parallel, coordinates(parallel, 0), 0))
+    layer = "decoder.layers.1"
+    assert {old: new for old, new in renamed.items()
+            if old.startswith(layer) and "norm" in old} == {
+        f"{layer}.input_layernorm.weight": f"{layer}.input_layernorm.weight",
+        f"{layer}.self_attention.q_layernorm.weight": f"{layer}.self_attention.linear_q_up_proj.layer_norm_weight",
+        f"{layer}.self_attention.kv_layernorm.weight": f"{layer}.self_attention.linear_kv_up_proj.layer_norm_weight",
+        f"{layer}.pre_mlp_layernorm.weight": f"{layer}.pre_mlp_layernorm.weight"}
 
 
 def test_names_of_transformer_engine_modules():
