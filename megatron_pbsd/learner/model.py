@@ -130,7 +130,7 @@ def transformer_config(
         tensor_model_parallel_size=parallel.tp,
         pipeline_model_parallel_size=parallel.pp,
         context_parallel_size=parallel.cp,
-        sequence_parallel=divides_sequences(parallel, experts, platform),
+        sequence_parallel=divides_sequences(parallel, experts or latent, platform),
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
@@ -140,11 +140,12 @@ def transformer_config(
         moe_token_dispatcher_type="alltoall")
 
 
-def divides_sequences(parallel: config.ParallelConfig, experts: bool, platform: Platform) -> bool:
-    """Whether sequence parallelism is on. Megatron-core trains experts under tensor parallelism with it only."""
+def divides_sequences(parallel: config.ParallelConfig, needed: bool, platform: Platform) -> bool:
+    """Whether sequence parallelism is on. It is `needed` for experts and for latent attention: under tensor parallelism
+    Megatron-core trains them with it only."""
     if parallel.sequence_parallel is not None:
         return parallel.sequence_parallel
-    return parallel.tp > 1 and (experts or platform.sequence_parallel)
+    return parallel.tp > 1 and (needed or platform.sequence_parallel)
 
 
 def build_model(

@@ -39,6 +39,10 @@ def learner_problems(decoder: Decoder, learner: LearnerConfig) -> list[str]:
     """`layout_problems`, and one sentence for each key that this model cannot heed."""
     problems = layout_problems(decoder, learner.parallel)
     moe, experts = learner.moe, decoder.experts
+    if (experts or decoder.latent) and learner.parallel.sequence_parallel is False and learner.parallel.tp > 1:
+        problems.append(
+            f"learner.parallel.sequence_parallel = False with tp = {learner.parallel.tp}: Megatron-core trains experts "
+            "and latent attention under tensor parallelism with sequence parallelism only; set it to True or null")
     if experts is None:
         problems += [
             f"learner.moe.{key} = {value} is for experts, and this model has none; set it to {unset}"
@@ -50,10 +54,6 @@ def learner_problems(decoder: Decoder, learner: LearnerConfig) -> list[str]:
         problems.append(
             f"learner.moe.expert_bias_update_rate = {moe.expert_bias_update_rate:g} moves a bias that this model's "
             "checkpoints have no place for; set it to 0, and learner.moe.aux_loss_coefficient to balance by a loss")
-    if learner.parallel.sequence_parallel is False and learner.parallel.tp > 1:
-        problems.append(
-            f"learner.parallel.sequence_parallel = False with tp = {learner.parallel.tp}: Megatron-core trains experts "
-            "under tensor parallelism with sequence parallelism only; set it to True or null")
     return problems
 
 

@@ -171,8 +171,8 @@ def layer_specs(config: TransformerConfig, vp_stage: int | None) -> TransformerB
         attention = layer.submodules.self_attention.submodules
         attention.core_attention = CausalAttention
         if config.multi_latent_attention:
-            # Core's local layers divide the down projections, and a rank then has the gradient of its own heads only
-            # for the rotated part of the keys.
+            # Core's local layers divide the down projections, and the rotated part of the keys then has the gradient
+            # of one rank's heads: silently wrong weights. Whole ones, with sequence parallelism, add all ranks'.
             attention.linear_q_down_proj = attention.linear_kv_down_proj = Linear
             attention.q_layernorm = attention.kv_layernorm = RMSNorm
         elif attention.q_layernorm is not IdentityOp:

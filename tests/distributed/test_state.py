@@ -57,6 +57,9 @@ def saved(ranks, folders, tmp_path_factory):
     ("tp2pp2", "dp2", "tied"), ("pp2vpp2", "pp2vpp2", "tied"), ("pp2vpp2", "tp2", "tied"), ("cp2", "pp4vpp2", "tied"),
     ("dp2-distributed", "dp2-distributed", "tied"), ("tp2dp2-distributed", "dp2-distributed", "tied"),
     ("ep2", "ep2", "moe"), ("tp2ep2", "tp2ep2", "glm"), ("pp2ep2", "pp2ep2", "glm"),
+    pytest.param("tp2ep2", "tp2ep2", "deepseek", marks=pytest.mark.layouts),
+    pytest.param("tp2ep2", "pp2ep2", "deepseek", marks=pytest.mark.layouts),
+    pytest.param("pp2ep2", "tp2", "deepseek-plain", marks=pytest.mark.layouts),
 ])
 def test_resume(ranks, folders, saved, source, target, model):
     folder, expected = saved(source, model)
