@@ -35,9 +35,13 @@ class Family:
         """TransformerConfig fields; the activation (SiLU) goes by its torch.nn.functional name."""
         return gpt_config.transformer_config(self.decoder(hf))
 
-    def gpt_model(self, hf: Config) -> dict[str, Any]:
-        """GPTModel arguments besides its TransformerConfig."""
-        return gpt_config.gpt_model(self.decoder(hf))
+    def gpt_model(self, hf: Config, parallel: ParallelConfig) -> dict[str, Any]:
+        """GPTModel arguments besides its TransformerConfig; the vocabulary is padded for `parallel.tp` ranks."""
+        return gpt_config.gpt_model(self.decoder(hf), parallel)
+
+    def pipeline_layout(self, hf: Config, parallel: ParallelConfig) -> list[list[str]] | None:
+        """TransformerConfig's pipeline_model_parallel_layout: what each stage holds; None without a pipeline."""
+        return gpt_config.pipeline_layout(self.decoder(hf).num_hidden_layers, parallel)
 
     def inverse_frequencies(self, hf: Config) -> torch.Tensor:
         """Of rotary positions, float32 [rotated dimensions / 2]; see `rope.py`."""

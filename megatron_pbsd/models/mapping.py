@@ -32,7 +32,7 @@ def pieces(decoder: Decoder, parallel: ParallelConfig, at: RankCoordinates, chun
     last = at.pp == parallel.pp - 1 and chunk == parallel.vpp - 1
     local: dict[str, list[Piece]] = {}
     if first:
-        local["embedding.word_embeddings.weight"] = dense.part("model.embed_tokens.weight", 0)
+        local["embedding.word_embeddings.weight"] = dense.vocabulary("model.embed_tokens.weight")
     for i, layer in enumerate(stage_layers(decoder.num_hidden_layers, parallel, at.pp, chunk)):
         source, target = f"model.layers.{layer}", f"decoder.layers.{i}"
         local |= _attention(decoder, dense, source, target)
@@ -45,10 +45,10 @@ def pieces(decoder: Decoder, parallel: ParallelConfig, at: RankCoordinates, chun
     if last:
         local["decoder.final_layernorm.weight"] = dense.whole("model.norm.weight")
         if not decoder.tie_word_embeddings:
-            local["output_layer.weight"] = dense.part("lm_head.weight", 0)
+            local["output_layer.weight"] = dense.vocabulary("lm_head.weight")
         elif not first:
             # The last stage keeps a copy of the tied embedding for its logits.
-            local["output_layer.weight"] = dense.part("model.embed_tokens.weight", 0, primary=False)
+            local["output_layer.weight"] = dense.vocabulary("model.embed_tokens.weight", primary=False)
     return local
 
 

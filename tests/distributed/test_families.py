@@ -13,7 +13,8 @@ from megatron_pbsd.batch import Batch
 from megatron_pbsd.config import LearnerConfig, ModelConfig, ParallelConfig, SFTConfig
 from tests.distributed.training import OPTIMIZER, make_batch, published
 
-VOCABULARY = 66
+VOCABULARY = 131
+"""A prime: every tensor-parallel size pads it."""
 MODELS = {
     "llama": ("llama", {}),
     "smollm2": ("llama", {
@@ -22,6 +23,8 @@ MODELS = {
     "qwen2": ("qwen2", {"tie_word_embeddings": True}),
     "mistral": ("mistral", {}),
     "mixtral": ("mixtral", {}),
+    "five layers": ("llama", {"num_hidden_layers": 5, "tie_word_embeddings": True}),
+    "five with experts": ("qwen3_moe", {"num_hidden_layers": 5, "mlp_only_layers": [0, 3]}),
 }
 """name → model_type and what differs from its tiny model."""
 
@@ -35,6 +38,11 @@ CASES = [
     ("mistral", {"world_size": 2, "tp": 2}),
     ("mixtral", {"world_size": 4, "tp": 2, "ep": 2}),
     ("mixtral", {"world_size": 4, "tp": 2, "pp": 2, "etp": 2}),
+    ("five layers", {"world_size": 2, "tp": 1, "pp": 2}),
+    ("five layers", {"world_size": 4, "tp": 1, "pp": 4}),
+    ("five layers", {"world_size": 2, "tp": 1, "pp": 2, "vpp": 2}),
+    ("five with experts", {"world_size": 4, "tp": 1, "pp": 2, "ep": 2}),
+    ("five with experts", {"world_size": 2, "tp": 1, "pp": 2, "vpp": 2}),
 ]
 
 

@@ -19,6 +19,7 @@ from megatron_pbsd.models.parameters import coordinates
 from megatron_pbsd.models.transformer_engine import parameter_names
 from megatron_pbsd.platform.cpu import Cpu
 
+ONE = ParallelConfig(world_size=1, tp=1)
 SMOLLM2 = {"num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 36, "head_dim": 4,
            "tie_word_embeddings": True, "rope_parameters": {"rope_type": "default", "rope_theta": 1e5}}
 VARIANTS = [
@@ -165,7 +166,7 @@ def test_rotary_embeddings_turn_what_transformers_turns(changes, factor):
     from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeRotaryEmbedding
 
     hf = tiny_config("glm4_moe", **changes)
-    arguments = family(hf).gpt_model(hf)
+    arguments = family(hf).gpt_model(hf, ONE)
     assert arguments["rotary_percent"] == factor
     dimensions = int(hf["head_dim"] * factor)
     expected = arguments["rotary_base"] ** -(torch.arange(0, dimensions, 2) / dimensions)
@@ -216,11 +217,11 @@ def test_config_as_transformers_4_and_5_write_it(model_type):
 
     newer = AutoConfig.for_model(model_type, head_dim=64, **{"sliding_window": None} if model_type == "mistral" else {})
     newer = json.loads(newer.to_json_string(use_diff=False))
-    assert family(newer).gpt_model(newer)["rotary_base"] == newer["rope_parameters"]["rope_theta"]
+    assert family(newer).gpt_model(newer, ONE)["rotary_base"] == newer["rope_parameters"]["rope_theta"]
     older = tiny_config(model_type, rope_parameters=..., rope_theta=5e5, **CHECKPOINT)
     if model_type == "qwen3_moe":
         older["num_experts"] = older.pop("num_local_experts")
-    assert family(older).gpt_model(older)["rotary_base"] == 5e5
+    assert family(older).gpt_model(older, ONE)["rotary_base"] == 5e5
 
 
 @pytest.mark.parametrize(("model_type", "changes", "words"), [

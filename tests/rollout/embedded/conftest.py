@@ -12,7 +12,13 @@ from transformers import (
     DeepseekV3ForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3MoeConfig,
@@ -51,12 +57,18 @@ LATENT = dict(
     rope_parameters=dict(rope_type="yarn", rope_theta=10000.0, factor=8.0, original_max_position_embeddings=128,
                          mscale=0.7, mscale_all_dim=1.0),
 )
+LLAMA3 = dict(rope_type="llama3", rope_theta=10000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+              original_max_position_embeddings=64)
 FAMILIES = {
     "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SHAPE, tie_word_embeddings=True)),
     "qwen3_untied": lambda: Qwen3ForCausalLM(Qwen3Config(**SHAPE, tie_word_embeddings=False)),
     "qwen3_moe": lambda: Qwen3MoeForCausalLM(Qwen3MoeConfig(**SHAPE, **MIXTURE)),
     "deepseek_v3": lambda: DeepseekV3ForCausalLM(DeepseekV3Config(**SHAPE | LATENT, **MIXTURE)),
-    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SHAPE | dict(num_key_value_heads=4), bos_token_id=1)),
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(
+        **SHAPE | dict(num_key_value_heads=4), bos_token_id=1, rope_parameters=LLAMA3)),
+    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SHAPE, tie_word_embeddings=True)),
+    "mistral": lambda: MistralForCausalLM(MistralConfig(**SHAPE, sliding_window=None)),
+    "mixtral": lambda: MixtralForCausalLM(MixtralConfig(**SHAPE, num_local_experts=4)),
 }
 
 
@@ -77,8 +89,9 @@ def family(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def make_engine(folders):
-    def make(family: str = "qwen3", *, slots: int = 8, max_context: int = 256) -> EmbeddedEngine:
-        return EmbeddedEngine(str(folders[family]), name="test-engine", slots=slots, max_context=max_context)
+    def make(family: str = "qwen3", *, slots: int = 8, max_context: int = 256, **arguments) -> EmbeddedEngine:
+        return EmbeddedEngine(
+            str(folders[family]), name="test-engine", slots=slots, max_context=max_context, **arguments)
 
     return make
 
