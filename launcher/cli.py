@@ -13,8 +13,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 
-from launcher.schema import did_you_mean
-from megatron_pbsd.errors import PbsdError, UsageError
+from megatron_pbsd.errors import PbsdError, UsageError, did_you_mean
 
 DONE, FAILED, WRONG, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
 

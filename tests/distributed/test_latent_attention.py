@@ -15,9 +15,9 @@ import pytest
 from megatron_pbsd.config import LearnerConfig, ParallelConfig
 from megatron_pbsd.rollout.engines.embedded.engine import EmbeddedEngine
 from megatron_pbsd.rollout.engines.protocol import Chunk
-from tests.distributed.test_layouts import LOSSES, MOE, ONE
+from tests.distributed.layouts import MOE, ONE
 from tests.distributed.test_learner import read_tensors
-from tests.distributed.training import BUDGET, OPTIMIZER, assert_same_run, make_batch, train
+from tests.distributed.training import BUDGET, LOSSES, OPTIMIZER, assert_same_run, make_batch, train
 
 SETTINGS = LearnerConfig(parallel=ONE, optimizer=OPTIMIZER, micro_batch_tokens=BUDGET)
 PARALLEL = MOE | {
@@ -46,7 +46,7 @@ def run(ranks, folders):
 
 
 @pytest.mark.parametrize(("model", "layout", "batching"), [
-    pytest.param(*case, marks=[] if case in BY_DEFAULT else pytest.mark.layouts)
+    pytest.param(*case, marks=[] if case in BY_DEFAULT else pytest.mark.slow)
     for case in ((model, layout, batching) for model in ("deepseek", "deepseek-plain")
                  for layout in PARALLEL for batching in ("packed", "padded"))])
 def test_layouts(run, folders, model, layout, batching):
@@ -87,7 +87,7 @@ def assert_scored(engine, trained):
         np.testing.assert_allclose(result.log_probs, scores[-9:], atol=1e-5)
 
 
-@pytest.mark.layouts
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [
     {"recompute": "selective"}, {"recompute": "full", "parallel": PARALLEL["tp2pp2"]},
     {"distributed_optimizer": True, "parallel": PARALLEL["tp2ep2"]}], ids=str)

@@ -7,7 +7,7 @@ import pytest
 
 from megatron_pbsd import losses
 from megatron_pbsd.config import LearnerConfig, ModelConfig, ParallelConfig, SFTConfig
-from tests.distributed.test_layouts import DENSE, MOE, ONE
+from tests.distributed.layouts import DENSE, MOE, ONE
 from tests.distributed.training import OPTIMIZER, STEPS, make_batch, published
 
 LAYOUTS = {"one": ONE, **DENSE, **MOE, "dp2-distributed": DENSE["dp2"],
@@ -60,9 +60,9 @@ def saved(ranks, folders, tmp_path_factory):
     ("tp2pp2", "pp2vpp2", "odd"), ("pp2vpp2", "one", "odd"),
     ("tp2dp2-distributed", "dp2-distributed", "odd"), ("dp2-distributed", "tp2dp2-distributed", "odd"),
     ("ep2", "ep2", "moe"), ("tp2ep2", "tp2ep2", "glm"), ("pp2ep2", "pp2ep2", "glm"),
-    pytest.param("tp2ep2", "tp2ep2", "deepseek", marks=pytest.mark.layouts),
-    pytest.param("tp2ep2", "pp2ep2", "deepseek", marks=pytest.mark.layouts),
-    pytest.param("pp2ep2", "tp2", "deepseek-plain", marks=pytest.mark.layouts),
+    pytest.param("tp2ep2", "tp2ep2", "deepseek", marks=pytest.mark.slow),
+    pytest.param("tp2ep2", "pp2ep2", "deepseek", marks=pytest.mark.slow),
+    pytest.param("pp2ep2", "tp2", "deepseek-plain", marks=pytest.mark.slow),
 ])
 def test_resume(ranks, folders, saved, source, target, model):
     folder, expected = saved(source, model)

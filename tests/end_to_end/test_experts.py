@@ -10,7 +10,7 @@ from tiny_models import make_tiny
 
 from megatron_pbsd.observability.records import read_trajectories
 
-pytestmark = pytest.mark.layouts
+pytestmark = pytest.mark.slow
 BASE = ROOT / "assets" / "search_qa_base"
 
 
