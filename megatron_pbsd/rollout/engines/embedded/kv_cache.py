@@ -63,10 +63,10 @@ class SlotCache:
     """Per layer keys [slots + 1, kv_heads, length, head_dim] and values alike, allocated at the layer's first update.
 
     `update` stores the packed tokens of a step at the places given to `place`, and hands back the layer's slots. The
-    last slot, `scratch`, takes what padding tokens write. It is given the keys and values that attention
-    meets, not what transformers would cache: of latent attention those are latents, from which the keys and values of
-    whole contexts would be computed anew at every token. experts: int16 [slots + 1, length, MoE layers, top-k], which
-    experts the tokens were read by, once `keep_experts` has been called.
+    last slot, `scratch`, takes what padding tokens write. Kept are the keys and values that attention meets, not what
+    transformers would cache: of latent attention those are latents, from which the keys and values of whole contexts
+    would be computed anew at every token. experts: int16 [slots + 1, length, MoE layers, top-k], which experts the
+    tokens were read by, once `keep_experts` has been called.
     """
 
     def __init__(self, slots: int, length: int) -> None:
