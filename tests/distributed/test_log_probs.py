@@ -5,6 +5,7 @@ Hidden states and weights are multiples of 1/8: their products are exact in floa
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
@@ -60,9 +61,19 @@ class Problem:
         return sum((found[name] * self.grads[name]).sum() for name in case.loss)
 
 
-def local(rank, rendezvous, world_size, case):
+@contextmanager
+def ranks_of(rendezvous, rank, world_size):
     dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=world_size)
     try:
+        yield
+        # Without tokens nothing is exchanged: a rank could be done before another has found it.
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
+
+
+def local(rank, rendezvous, world_size, case):
+    with ranks_of(rendezvous, rank, world_size):
         problem = Problem(case)
         hidden = problem.hidden.to(case.dtype).requires_grad_()
         weight, elsewhere = (
@@ -78,8 +89,6 @@ def local(rank, rendezvous, world_size, case):
         (problem.loss(case, found) + (weight * elsewhere).sum()).backward()
         numbers = {name: value.detach().numpy() for name, value in found.items() if value is not None}
         return numbers, hidden.grad.float().numpy(), weight.grad.float().numpy()
-    finally:
-        dist.destroy_process_group()
 
 
 def reference(case):
@@ -196,15 +205,12 @@ def best_tokens(logits, k):
 
 
 def local_top(rank, rendezvous, world_size, case, k):
-    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=world_size)
-    try:
+    with ranks_of(rendezvous, rank, world_size):
         problem = Problem(case)
         weight = problem.weight.chunk(world_size)[rank].to(case.dtype)
         ids, values = top_tokens(problem.hidden.to(case.dtype), weight, k, dist.group.WORLD, rows=case.rows,
                                  vocabulary=problem.vocabulary)
         return ids.numpy(), values.numpy()
-    finally:
-        dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
