@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from typing import Any
 
 from megatron_pbsd.config import ParallelConfig
+from megatron_pbsd.errors import did_you_mean
 from megatron_pbsd.models import (
     deepseek_v3,
     glm4_moe,
@@ -40,9 +40,8 @@ def family(hf: Mapping[str, Any]) -> Family:
     """The family of a config.json, whose every field it has accounted for. ModelError when it cannot."""
     name = hf.get("model_type")
     if name not in FAMILIES:
-        near = difflib.get_close_matches(str(name), FAMILIES, 1)
         raise ModelError(f"config.json: model_type = {name!r} is not implemented; have {sorted(FAMILIES)}"
-                         + (f"; did you mean {near[0]!r}?" if near else ""))
+                         + did_you_mean(str(name), FAMILIES))
     chosen = FAMILIES[name]
     chosen.check_config(hf)
     return chosen

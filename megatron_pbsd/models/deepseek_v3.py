@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import NoneType
 from typing import Any
 
 from megatron_pbsd.models.decoder import Decoder, Experts, LatentAttention, YarnScaling
@@ -14,10 +15,13 @@ from megatron_pbsd.models.hf_config import (
     checked,
     decoder_values,
     either,
+    flag,
     ignored,
     mapped,
+    number,
     only,
     rope,
+    whole,
 )
 
 LATENT = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
@@ -31,7 +35,12 @@ MTP = ("num_nextn_predict_layers", "num_mtp_layers")
 FIELDS: Mapping[str, FieldRule] = {
     **DECODER_FIELDS,
     "model_type": only("deepseek_v3"),
-    **{name: mapped() for name in (*REQUIRED, *COUNT, *MTP, "rope_interleave", "rope_scaling")},
+    **{name: whole() for name in (
+        *LATENT, "moe_intermediate_size", "num_experts_per_tok", "n_group", "topk_group", "n_shared_experts", *COUNT)},
+    **{name: whole(least=0) for name in ("first_k_dense_replace", *MTP)},
+    **{name: flag() for name in ("norm_topk_prob", "rope_interleave")},
+    "q_lora_rank": mapped(int, NoneType, least=1),
+    "routed_scaling_factor": number(),
     "attention_bias": only(False),
     # DeepSeek's own code reads these, transformers' has one way.
     "scoring_func": only("sigmoid"),
@@ -47,19 +56,14 @@ FIELDS: Mapping[str, FieldRule] = {
 def check_fields(hf: Mapping[str, Any], fields: Mapping[str, FieldRule] = FIELDS) -> None:
     """See `Family`."""
     derived = {}
-    if all(name in hf for name in (*LATENT, "num_attention_heads")):
+    if all(isinstance(hf.get(name), int) for name in (*LATENT, "num_attention_heads")):
         derived = {
-            # Every head has keys and values of its own.
-            "num_key_value_heads": only(hf["num_attention_heads"], None),
-            "head_dim": only(hf["qk_rope_head_dim"]),
-            "qk_head_dim": only(hf["qk_nope_head_dim"] + hf["qk_rope_head_dim"]),
+            "num_key_value_heads": only(hf["num_attention_heads"], advice="num_attention_heads: each has its own"),
+            "head_dim": only(hf["qk_rope_head_dim"], advice="qk_rope_head_dim"),
+            "qk_head_dim": only(hf["qk_nope_head_dim"] + hf["qk_rope_head_dim"],
+                                advice="qk_nope_head_dim + qk_rope_head_dim"),
         }
     checked(hf, {**fields, **derived}, (*DECODER_REQUIRED, *REQUIRED))
-    if unset := [name for name in (*LATENT, *ROUTING) if hf[name] is None]:
-        raise ModelError("config.json: " + "; ".join(f"{name!r} = None is not implemented" for name in unset))
-    if hf["n_shared_experts"] < 1:
-        raise ModelError(f"config.json: 'n_shared_experts' = {hf['n_shared_experts']} is not implemented; "
-                         "supported: 1 and more")
 
 
 def decoder(hf: Mapping[str, Any]) -> Decoder:

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_pbsd.models.decoder import Decoder, Experts
-from megatron_pbsd.models.errors import ModelError
 from megatron_pbsd.models.hf_config import (
     DECODER_FIELDS,
     DECODER_REQUIRED,
@@ -14,10 +13,12 @@ from megatron_pbsd.models.hf_config import (
     checked,
     decoder_values,
     either,
+    flag,
     ignored,
-    mapped,
+    number,
     only,
     rope,
+    whole,
 )
 
 REQUIRED = (
@@ -31,7 +32,12 @@ ROTARY_FACTOR = 0.5
 FIELDS: Mapping[str, FieldRule] = {
     **DECODER_FIELDS,
     "model_type": only("glm4_moe"),
-    **{name: mapped() for name in (*REQUIRED, *COUNT, *MTP, "partial_rotary_factor")},
+    **{name: flag() for name in ("attention_bias", "use_qk_norm", "norm_topk_prob")},
+    **{name: whole() for name in (
+        "head_dim", "moe_intermediate_size", "num_experts_per_tok", "n_group", "topk_group", "n_shared_experts",
+        *COUNT)},
+    **{name: whole(least=0) for name in ("first_k_dense_replace", *MTP)},
+    **{name: number() for name in ("routed_scaling_factor", "partial_rotary_factor")},
     # learner.moe decides how experts are balanced.
     "output_router_logits": ignored(),
 }
@@ -40,9 +46,6 @@ FIELDS: Mapping[str, FieldRule] = {
 def check_fields(hf: Mapping[str, Any]) -> None:
     """See `Family`."""
     checked(hf, FIELDS, (*DECODER_REQUIRED, *REQUIRED))
-    if hf["n_shared_experts"] < 1:
-        raise ModelError(f"config.json: 'n_shared_experts' = {hf['n_shared_experts']} is not implemented; "
-                         "supported: 1 and more")
 
 
 def decoder(hf: Mapping[str, Any]) -> Decoder:

@@ -41,7 +41,8 @@ def _routing_problems(experts: Experts) -> list[str]:
     found = []
     chosen, normalised = experts.num_experts_per_tok, experts.norm_topk_prob
     if not any(experts.layers):
-        found.append("no layer has experts; a dense family describes such a model")
+        found.append("no layer has experts, by first_k_dense_replace, mlp_only_layers or decoder_sparse_step; a dense "
+                     "family describes such a model")
     if not 1 <= chosen <= experts.num_experts:
         found.append(f"num_experts_per_tok = {chosen} is not between 1 and the number of experts, "
                      f"{experts.num_experts}")
@@ -53,12 +54,17 @@ def _routing_problems(experts: Experts) -> list[str]:
                      "normalises sigmoid scores; supported: norm_topk_prob = True")
     if not 1 <= experts.topk_group <= experts.n_group or experts.num_experts % experts.n_group:
         found.append(f"n_group = {experts.n_group} groups with topk_group = {experts.topk_group} do not divide "
-                     f"{experts.num_experts} experts")
-    elif experts.topk_group < experts.n_group and chosen // experts.topk_group != 2:
+                     f"n_routed_experts = {experts.num_experts}")
+    elif experts.topk_group < experts.n_group:
+        size = experts.num_experts // experts.n_group
         # Hugging Face ranks groups by their two best experts, Megatron-core by their topk // topk_group best.
-        found.append(f"num_experts_per_tok = {chosen} with topk_group = {experts.topk_group} is not implemented: "
-                     "Megatron-core ranks groups by their best num_experts_per_tok // topk_group experts, "
-                     "which must be 2")
+        if chosen // experts.topk_group != 2:
+            found.append(f"num_experts_per_tok = {chosen} with topk_group = {experts.topk_group} is not implemented: "
+                         "Megatron-core ranks groups by their best num_experts_per_tok // topk_group experts, "
+                         "which must be 2")
+        if chosen > size * experts.topk_group:
+            found.append(f"num_experts_per_tok = {chosen} is more than topk_group = {experts.topk_group} groups have, "
+                         f"of n_group = {experts.n_group} with {size} experts each")
     return found
 
 
