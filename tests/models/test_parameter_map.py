@@ -129,10 +129,14 @@ def test_where_the_longer_stages_are(layers, pp, vpp, expected):
             for rank in range(pp)] == expected
 
 
-@pytest.mark.parametrize("layout", [{"pp": 4}, {"pp": 4, "vpp": 3}, {"tp": 2, "pp": 4}, {"pp": 60}], ids=str)
-def test_61_layers(layout):
+@pytest.mark.parametrize(("model_type", "layout"), [
+    *(("qwen2", layout) for layout in ({"pp": 4}, {"pp": 4, "vpp": 3}, {"tp": 2, "pp": 4}, {"pp": 60})),
+    ("deepseek_v3", {"pp": 4, "tp": 2, "ep": 2}),
+], ids=str)
+def test_61_layers(model_type, layout):
     ranks = layout["pp"] * layout.get("tp", 1)
-    hf = tiny_config("qwen2", num_hidden_layers=61, layer_types=["full_attention"] * 61, vocab_size=131)
+    special = {"qwen2": {"layer_types": ["full_attention"] * 61}, "deepseek_v3": {"first_k_dense_replace": 3}}
+    hf = tiny_config(model_type, num_hidden_layers=61, vocab_size=131, **special[model_type])
     assert_covered(hf, ParallelConfig(**{"world_size": ranks, "tp": 1} | layout))
 
 
