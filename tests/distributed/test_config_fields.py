@@ -19,7 +19,7 @@ from megatron_pbsd.config import LearnerConfig, ParallelConfig
 from megatron_pbsd.models import FAMILIES, ModelError, family
 from tests.distributed.training import learner_of
 
-BY_DEFAULT = ("deepseek_v3",)
+BY_DEFAULT = ("qwen3",)
 REFERENCE = {name: name for name in TINY} | {"kimi_k2": "deepseek_v3"}
 """model_type → the one under which transformers has the model."""
 TOKENS = np.random.default_rng(0).integers(0, 64, 23)
