@@ -127,7 +127,7 @@ def transformer_config(
     dtype = platform.dtype(settings.precision)
     latent = fields.get("multi_latent_attention", False)
     if latent and fields["rope_type"] != "yarn":
-        fields["apply_rope_fusion"] = False  # Latent attention has a fused kernel for the other type only.
+        fields["apply_rope_fusion"] = False  # Core fuses latent attention's rotation for yarn only.
     return (MLATransformerConfig if latent else TransformerConfig)(
         **fields,
         tensor_model_parallel_size=parallel.tp,

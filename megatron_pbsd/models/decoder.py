@@ -21,11 +21,12 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class YarnScaling(RopeScaling):
-    """YaRN (arXiv 2309.00071, section 3.2): rotations that turn fewer than beta_slow times within the original context
-    are slowed down, those that turn more than beta_fast times are not, and between there is a blend.
+    """YaRN (arXiv 2309.00071, section 3.2): a pair of dimensions with frequency f, which turns r times within the
+    original context, gets g f + (1 - g) f / factor, with g = 1 for r > beta_fast and 0 for r < beta_slow. Between these
+    g falls evenly from one pair to the next, where the paper has (r - beta_slow) / (beta_fast - beta_slow).
 
-    With m(s) = 0.1 s ln(factor) + 1, rotated dimensions are multiplied by m(mscale) / m(mscale_all_dim), and attention
-    scores, where they are scaled for it, by m(mscale_all_dim)^2.
+    With m(s) = 0.1 s ln(factor) + 1 (section 3.4), rotated dimensions are multiplied by m(mscale) / m(mscale_all_dim),
+    and attention scores, where they are scaled for it, by m(mscale_all_dim)^2.
     """
 
     mscale: float
@@ -83,13 +84,20 @@ class Experts:
 
 @dataclass(frozen=True)
 class LatentAttention:
-    """Multi-head latent attention in place of grouped queries (DeepSeek-V2, arXiv 2405.04434, section 2.1).
+    """Multi-head latent attention in place of grouped queries (DeepSeek-V2, arXiv 2405.04434, equations 9 to 19).
 
-    Keys and values of all heads are projections of one normalised latent of width kv_lora_rank per position. A head's
-    queries and keys are qk_nope_head_dim dimensions without position, then qk_rope_head_dim rotated ones, which all
-    keys of a position share; its values have v_head_dim.
+    Of a position's hidden state h, and for each head i:
 
-    q_lora_rank:      width of a normalised latent of the queries; None: they are projected from the hidden state.
+        c = norm(W_DKV h)    the latent, kv_lora_rank wide     d = norm(W_DQ h)    that of queries, q_lora_rank wide
+        k_i = [W_UK_i c ; RoPE(W_KR h)]                        q_i = [W_UQ_i d ; RoPE(W_QR_i d)]
+        v_i = W_UV_i c       v_head_dim wide
+
+    Keys and queries are qk_nope_head_dim dimensions without position, then qk_rope_head_dim rotated ones, which all
+    heads' keys share. Scores are q_i k_i / sqrt(qk_nope_head_dim + qk_rope_head_dim), further scaled by `YarnScaling`.
+    The norms stand in the text (section 3.1.2). In checkpoints W_DKV and W_KR are kv_a_proj_with_mqa, W_UK and W_UV
+    kv_b_proj, W_DQ is q_a_proj, W_UQ and W_QR are q_b_proj.
+
+    q_lora_rank:      None: d is h itself, and the projection is q_proj.
     rope_interleave:  rotation turns neighbouring dimensions; False: one of the first half with one of the second.
     """
 

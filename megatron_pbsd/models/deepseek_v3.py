@@ -31,25 +31,33 @@ ROUTING = (
 REQUIRED = (*LATENT, *ROUTING, "q_lora_rank")
 COUNT = ("n_routed_experts", "num_local_experts")
 MTP = ("num_nextn_predict_layers", "num_mtp_layers")
+"""transformers 5 writes one or the other."""
+
+ROUTING_FIELDS: Mapping[str, FieldRule] = {
+    **{name: whole() for name in (
+        "moe_intermediate_size", "num_experts_per_tok", "n_group", "topk_group", "n_shared_experts", *COUNT)},
+    **{name: whole(least=0) for name in ("first_k_dense_replace", *MTP)},
+    "norm_topk_prob": flag(),
+    "routed_scaling_factor": number(),
+    # learner.moe decides how experts are balanced.
+    "output_router_logits": ignored(),
+}
+"""Fields of leading dense layers, experts, and layers for multi-token prediction."""
 
 FIELDS: Mapping[str, FieldRule] = {
     **DECODER_FIELDS,
+    **ROUTING_FIELDS,
     "model_type": only("deepseek_v3"),
-    **{name: whole() for name in (
-        *LATENT, "moe_intermediate_size", "num_experts_per_tok", "n_group", "topk_group", "n_shared_experts", *COUNT)},
-    **{name: whole(least=0) for name in ("first_k_dense_replace", *MTP)},
-    **{name: flag() for name in ("norm_topk_prob", "rope_interleave")},
+    **{name: whole() for name in LATENT},
     "q_lora_rank": mapped(int, NoneType, least=1),
-    "routed_scaling_factor": number(),
+    "rope_interleave": flag(),
     "attention_bias": only(False),
     # DeepSeek's own code reads these, transformers' has one way.
     "scoring_func": only("sigmoid"),
     "topk_method": only("noaux_tc"),
     "moe_layer_freq": only(1),
     "pretraining_tp": only(1),
-    **{name: ignored() for name in ("auto_map", "ep_size")},
-    # learner.moe decides how experts are balanced.
-    **{name: ignored() for name in ("aux_loss_alpha", "seq_aux", "output_router_logits")},
+    **{name: ignored() for name in ("auto_map", "ep_size", "aux_loss_alpha", "seq_aux")},
 }
 
 
@@ -66,9 +74,10 @@ def check_fields(hf: Mapping[str, Any], fields: Mapping[str, FieldRule] = FIELDS
     checked(hf, {**fields, **derived}, (*DECODER_REQUIRED, *REQUIRED))
 
 
-def decoder(hf: Mapping[str, Any]) -> Decoder:
-    """See `Family`."""
-    experts = Experts(
+def grouped_experts(hf: Mapping[str, Any]) -> Experts:
+    """Experts in groups after leading dense layers, chosen by biased sigmoid scores (arXiv 2412.19437, section 2.1.2),
+    and shared ones beside them."""
+    return Experts(
         layers=tuple(layer >= hf["first_k_dense_replace"] for layer in range(hf["num_hidden_layers"])),
         num_experts=either(hf, *COUNT),
         num_experts_per_tok=hf["num_experts_per_tok"],
@@ -80,6 +89,10 @@ def decoder(hf: Mapping[str, Any]) -> Decoder:
         topk_group=hf["topk_group"],
         score_bias=True,
         shared_intermediate_size=hf["n_shared_experts"] * hf["moe_intermediate_size"])
+
+
+def decoder(hf: Mapping[str, Any]) -> Decoder:
+    """See `Family`."""
     latent = LatentAttention(
         q_lora_rank=hf["q_lora_rank"],
         rope_interleave=hf.get("rope_interleave", True),
@@ -91,7 +104,7 @@ def decoder(hf: Mapping[str, Any]) -> Decoder:
         **_rope(hf),
         qk_norm=False,
         latent=latent,
-        experts=experts,
+        experts=grouped_experts(hf),
         mtp_layers=either(hf, *MTP))
 
 

@@ -175,11 +175,14 @@ def decoder_values(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read(folder: str | Path) -> dict[str, Any]:
-    """config.json of a model folder. ModelError naming the path when it is missing or no JSON."""
+    """config.json of a model folder. ModelError naming the path when it is missing or no JSON object."""
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise ModelError(f"{path} does not exist: model.path must be a folder in Hugging Face format")
     try:
-        return json.loads(path.read_text())
+        config = json.loads(path.read_text())
     except ValueError as error:
         raise ModelError(f"{path} is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ModelError(f"{path} is not a JSON object but {JSON_TYPES.get(type(config), 'a text')}")
+    return config

@@ -280,6 +280,15 @@ def test_what_is_not_implemented_is_named(model_type, changes, words):
         family(left | written)
 
 
+@pytest.mark.parametrize(("text", "words"), [("{", "is not JSON: "), ("[1]", "is not a JSON object but a list"),
+                                              ('"x"', "is not a JSON object but a text"), (None, "does not exist")])
+def test_a_file_that_is_no_configuration_is_named(tmp_path, text, words):
+    if text is not None:
+        (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ModelError, match=f"{tmp_path}/config.json {words}"):
+        read(tmp_path)
+
+
 def test_tensors_that_a_checkpoint_may_hold_besides():
     hf = tiny_config("glm4_moe", num_nextn_predict_layers=2)
     extra = {"model.layers.4.eh_proj.weight", "model.layers.5.mlp.gate.weight", "model.layers.6.enorm.weight",

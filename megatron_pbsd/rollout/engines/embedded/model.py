@@ -21,7 +21,6 @@ from megatron_pbsd.rollout.engines.protocol import Chunk
 # Matrix products of fewer rows go through other CPU kernels, whose results differ in the last bit.
 MINIMUM_ROWS = 16
 
-
 SAME_MODEL = {"kimi_k2": "deepseek_v3"}
 """model_type that transformers does not know → the one under which it has the same model."""
 
