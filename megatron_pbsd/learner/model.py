@@ -15,6 +15,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.multi_latent_attention import MultiLatentAttention
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 from megatron_pbsd import config
@@ -22,6 +23,7 @@ from megatron_pbsd.learner.context_parallel import SelfAttention
 from megatron_pbsd.learner.routing import Positions, Router, RoutingContext, routers
 from megatron_pbsd.losses.log_probs import token_statistics, top_tokens
 from megatron_pbsd.models import Family
+from megatron_pbsd.models.decoder import LATENT_NORM_EPS
 from megatron_pbsd.platform import Platform
 
 
@@ -176,7 +178,9 @@ def build_model(
             value_head=value_head,
             vp_stage=stage,
             **family.gpt_model(hf, settings.parallel)))
-        if not transformer.multi_latent_attention:
+        if transformer.multi_latent_attention:
+            set_latent_norms(chunks[-1])
+        else:
             # Core has Llama 3's scaling for one choice of its constants only. Latent attention rotates in its layers.
             chunks[-1].rotary_pos_emb.inv_freq = family.inverse_frequencies(hf)
         for name, parameter in chunks[-1].named_parameters():
@@ -185,6 +189,20 @@ def build_model(
                 # see different tokens would then keep their gradients to themselves: silently wrong weights.
                 parameter.allreduce = False
     return chunks
+
+
+def set_latent_norms(chunk: torch.nn.Module) -> None:
+    """Gives the norms of latents their epsilon, where core gives all norms that of the others. Transformer Engine has
+    these norms within the layers after them."""
+    for attention in chunk.modules():
+        if isinstance(attention, MultiLatentAttention):
+            names = ["kv_layernorm", "linear_kv_up_proj"]
+            if attention.config.q_lora_rank is not None:
+                names += ["q_layernorm", "linear_q_up_proj"]
+            norms = [part for name in names if hasattr(part := getattr(attention, name), "eps")]
+            assert len(norms) == len(names) // 2, "each latent has one norm"
+            for norm in norms:
+                norm.eps = LATENT_NORM_EPS
 
 
 def build_optimizer(

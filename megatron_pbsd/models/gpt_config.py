@@ -6,7 +6,6 @@ from typing import Any
 
 from megatron_pbsd.config import ParallelConfig
 from megatron_pbsd.models.decoder import (
-    LATENT_NORM_EPS,
     Decoder,
     Experts,
     LatentAttention,
@@ -27,9 +26,6 @@ def problems(decoder: Decoder) -> list[str]:
     if not rotated or rotated % 2:
         found.append(f"rotary embeddings turn pairs of dimensions, but head_dim = {decoder.head_dim} * "
                      f"partial_rotary_factor = {decoder.rotary_factor} gives {rotated} of them")
-    if decoder.latent and decoder.rms_norm_eps != LATENT_NORM_EPS:
-        found.append(f"rms_norm_eps = {decoder.rms_norm_eps:g} is not implemented with latent attention: the norms of "
-                     f"latents have {LATENT_NORM_EPS:g}, and Megatron-core one for all norms")
     scaling = decoder.rope_scaling
     if isinstance(scaling, Llama3Scaling) and not scaling.low_freq_factor < scaling.high_freq_factor:
         found.append(f"low_freq_factor = {scaling.low_freq_factor} of llama3's rotary embeddings is not below "

@@ -29,10 +29,12 @@ MODELS = {
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e5, "partial_rotary_factor": 0.75}}),
     "deepseek": ("deepseek_v3", {
         "num_hidden_layers": 7, "first_k_dense_replace": 3, "num_attention_heads": 6, "num_key_value_heads": 6,
-        "hidden_size": 40, "q_lora_rank": 21, "kv_lora_rank": 13, "v_head_dim": 11, "n_shared_experts": 1}),
+        "hidden_size": 40, "q_lora_rank": 21, "kv_lora_rank": 13, "v_head_dim": 11, "n_shared_experts": 1,
+        "rms_norm_eps": 1e-2}),
     "deepseek of halves": ("deepseek_v3", {
         "num_hidden_layers": 7, "first_k_dense_replace": 3, "q_lora_rank": None, "kv_lora_rank": 13, "n_group": 1,
-        "topk_group": 1, "num_experts_per_tok": 3, "rope_interleave": False, "tie_word_embeddings": True}),
+        "topk_group": 1, "num_experts_per_tok": 3, "rope_interleave": False, "tie_word_embeddings": True,
+        "rms_norm_eps": 1e-2}),
     "five layers": ("llama", {"num_hidden_layers": 5, "tie_word_embeddings": True}),
     "five with experts": ("qwen3_moe", {"num_hidden_layers": 5, "mlp_only_layers": [0, 3]}),
 }

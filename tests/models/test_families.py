@@ -265,7 +265,6 @@ def test_config_as_transformers_4_and_5_write_it(model_type):
     ("deepseek_v3", {"kv_lora_rank": ..., "v_head_dim": ...}, "'kv_lora_rank' is missing; 'v_head_dim' is missing"),
     ("deepseek_v3", {"n_group": None}, "'n_group' = None is not a whole number"),
     ("deepseek_v3", {"scoring_func": "softmax"}, "'scoring_func' = 'softmax' is not implemented; supported: 'sigmoid'"),
-    ("deepseek_v3", {"rms_norm_eps": 1e-5}, "rms_norm_eps = 1e-05 is not implemented with latent attention"),
     ("deepseek_v3", {"rope_parameters": YARN | {"mscale": 0.0}}, "'mscale' = 0.0 with 'mscale_all_dim' = 1.0 of yarn"),
     ("deepseek_v3", {"rope_parameters": YARN | {"attention_factor": 1.5}}, "'rope_parameters.attention_factor' = 1.5"),
     ("deepseek_v3", {"rope_parameters": {"rope_type": "yarn"}}, "'rope_parameters.factor' is missing"),
