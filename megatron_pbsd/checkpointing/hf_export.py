@@ -49,8 +49,9 @@ def _whole(reader: Reader, shape: tuple[int, ...], parts: list[Place]) -> torch.
     made = None
     for place in parts:
         size = [s.stop - s.start for s in place.hf_index]
-        stored = [1] * (len(place.shape) - len(size)) + size
+        stored = [1] * (len(place.shape) - len(size)) + [(size[0] - 1) * place.step + 1, *size[1:]]
         values = reader.read(place.key, tuple(slice(o, o + n) for o, n in zip(place.offset, stored, strict=True)))
+        values = values.view(stored[len(stored) - len(size):])[:: place.step]
         made = torch.empty(shape, dtype=values.dtype) if made is None else made
-        made[place.hf_index] = values.view(size)
+        made[place.hf_index] = values
     return made

@@ -32,7 +32,7 @@ from megatron_pbsd.learner.shards import Shard, shards, share, view
 from megatron_pbsd.learner.weights import VALUE_HEAD, held_tensors
 from megatron_pbsd.models.dist_checkpoint import LAYER, Place, places
 from megatron_pbsd.models.family import Family
-from megatron_pbsd.models.parameters import ParameterMap, Piece, RankCoordinates
+from megatron_pbsd.models.parameters import ParameterMap, Piece, RankCoordinates, unpaired
 from megatron_pbsd.platform import Platform
 
 OPTIMIZER = "optimizer."
@@ -155,7 +155,7 @@ class LearnerState:
         return {id(local.tensor): (0, 0) for local in self._locals} | found
 
     def _places(self, layer_axis: bool = False) -> dict[str, list[Place]]:
-        stored = places(self._decoder, layer_axis)
+        stored = places(self._decoder, layer_axis, as_in_layouts=True)
         if self._value_head:
             for name, shape in (("weight", (1, self._decoder.hidden_size)), ("bias", (1,))):
                 key = f"{VALUE_HEAD}{name}"
@@ -207,7 +207,7 @@ def _local(
         pieces = [Piece(name, _whole(tensor.shape), _whole(tensor.shape), primary=at.tp == 0)]
         return Local(tensor, pieces, pieces if at.tp == 0 else [])
     written = [piece for piece, spoken in zip(mine[name], first[name], strict=True) if spoken.primary]
-    return Local(tensor, mine[name], written)
+    return Local(tensor, unpaired(mine[name]), unpaired(written))
 
 
 def _parts_of(

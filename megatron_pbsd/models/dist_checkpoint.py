@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from megatron_pbsd.config import ParallelConfig
 from megatron_pbsd.models.decoder import Decoder
 from megatron_pbsd.models.mapping import pieces
-from megatron_pbsd.models.parameters import Index, coordinates, local_shape
+from megatron_pbsd.models.parameters import Index, coordinates, local_shape, unpaired
 from megatron_pbsd.models.transformer_engine import parameter_names
 
 UNDIVIDED = ParallelConfig(world_size=1, tp=1)
@@ -28,18 +28,21 @@ class Place:
 
     shape:   of the whole stored tensor.
     offset:  one number per dimension of `shape`. Axes for layers or experts come first, with a size of 1.
+    step:    of the rows in `stored`; 2 where those of two halves alternate.
     """
 
     key: str
     shape: tuple[int, ...]
     hf_index: Index
     offset: tuple[int, ...]
+    step: int = 1
 
 
-def places(decoder: Decoder, layer_axis: bool = False) -> dict[str, list[Place]]:
+def places(decoder: Decoder, layer_axis: bool = False, as_in_layouts: bool = False) -> dict[str, list[Place]]:
     """Hugging Face name → where its parts are stored; over all names every stored element once.
 
-    layer_axis: layers share tensors with an axis for them.
+    layer_axis:     layers share tensors with an axis for them.
+    as_in_layouts:  rows of Hugging Face tensors have the order that all layouts have (`parameters.unpaired`).
     """
     parameters = pieces(decoder, UNDIVIDED, coordinates(UNDIVIDED, 0), chunk=0)
     names = parameter_names(parameters)
@@ -47,9 +50,10 @@ def places(decoder: Decoder, layer_axis: bool = False) -> dict[str, list[Place]]
     for name, parts in parameters.items():
         key, axes = stored_name(names[name], decoder, layer_axis)
         shape = (*(size for _, size in axes), *local_shape(parts))
-        for part in parts:
+        for part in unpaired(parts) if as_in_layouts else parts:
             offset = (*(number for number, _ in axes), *(s.start for s in part.local_index))
-            found.setdefault(part.hf_name, []).append(Place(key, shape, part.hf_index, offset))
+            found.setdefault(part.hf_name, []).append(
+                Place(key, shape, part.hf_index, offset, part.local_index[0].step or 1))
     return found
 
 

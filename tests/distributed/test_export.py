@@ -36,7 +36,8 @@ def save(rank, rendezvous, folder, layout, saved):
         learner.close()
 
 
-@pytest.mark.parametrize(("layout", "model"), [("tp2pp2", "tied"), ("tp2", "untied"), ("tp2ep2", "glm")])
+@pytest.mark.parametrize(("layout", "model"), [
+    ("tp2pp2", "tied"), ("tp2", "untied"), ("tp2ep2", "glm"), ("tp2", "deepseek-plain")])
 def test_export_gives_back_what_was_loaded(ranks, folders, tmp_path, layout, model):
     saved, size = tmp_path / "learner", LAYOUTS[layout].world_size
     ranks.run(save, size, folders[model], layout, str(saved))

@@ -132,7 +132,7 @@ def cases(*combinations, long=False):
 @pytest.mark.parametrize(("source", "target", "model"), [
     *cases(("tp2pp2ep2", "pp4", "moe"), ("tp2pp2ep2", "dp4", "moe"), ("tp2", "dp2-distributed", "odd"),
            ("tp2dp2-distributed", "pp2", "tied"), ("ep2-distributed", "one", "glm"),
-           ("pp2-value", "tp2-value", "tied"), ("pp2-value", "pp2-value", "tied")),
+           ("pp2-value", "tp2-value", "tied"), ("pp2-value", "pp2-value", "tied"), ("pp2ep2", "tp2", "deepseek-plain")),
     *cases(("one", "one", "tied"), ("tp2", "tp2", "untied"), ("tp2pp2", "tp2pp2", "tied"), ("dp2", "dp2", "tied"),
            ("tp2", "pp2", "tied"), ("pp2", "tp2", "untied"), ("dp2", "one", "tied"), ("one", "tp2pp2", "untied"),
            ("tp2pp2", "dp2", "tied"), ("pp2vpp2", "pp2vpp2", "tied"), ("pp2vpp2", "tp2", "tied"),
@@ -146,7 +146,8 @@ def cases(*combinations, long=False):
            ("pp2-value", "dp2-value-distributed", "tied"), ("tp2", "tp2", "odd"), ("tp2", "one", "odd"),
            ("one", "tp2", "odd"), ("tp2pp2", "pp2vpp2", "odd"), ("pp2vpp2", "one", "odd"),
            ("tp2dp2-distributed", "dp2-distributed", "odd"), ("dp2-distributed", "tp2dp2-distributed", "odd"),
-           ("tp2", "dp2-distributed", "untied"), long=True),
+           ("tp2", "dp2-distributed", "untied"), ("tp2ep2", "tp2ep2", "deepseek"), ("tp2ep2", "pp2ep2", "deepseek"),
+           ("ep2-distributed", "one", "deepseek"), long=True),
 ])
 def test_resume(ranks, folders, saved, source, target, model):
     folder, expected = saved(source, model)
