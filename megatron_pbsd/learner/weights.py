@@ -18,6 +18,7 @@ from megatron_pbsd.models.parameters import Index, ParameterMap, Piece, local_sh
 from megatron_pbsd.resharding.manifest import WeightsManifest
 from megatron_pbsd.resharding.shared_memory import attach
 
+VALUE_HEAD = "value_head."
 Source = Callable[[str, Index], torch.Tensor]
 """(Hugging Face name, index) → that part of the tensor."""
 
@@ -80,8 +81,7 @@ class Weights:
         self._parts: list[tuple[torch.Tensor, Piece]] = []
         problems = []
         for chunk, expected in zip(chunks, maps, strict=True):
-            held = {name: tensor for name, tensor in (*chunk.named_parameters(), *persistent_buffers(chunk))
-                    if not name.startswith("value_head.")}
+            held = {name: tensor for name, tensor in held_tensors(chunk) if not name.startswith(VALUE_HEAD)}
             shapes = {name: local_shape(parts) for name, parts in expected.items()}
             found = {name: tuple(tensor.shape) for name, tensor in held.items()}
             problems += [f"{name}: map {shapes.get(name)}, model {found.get(name)}"
@@ -125,10 +125,11 @@ class Weights:
             yield piece, held.detach()[piece.local_index], tensor[piece.hf_index]
 
 
-def persistent_buffers(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Buffers that belong to the weights, such as a router's expert bias."""
+def held_tensors(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Parameters, and buffers that belong to the weights, such as a router's expert bias."""
+    yield from module.named_parameters()
     stored = module.state_dict().keys()
-    return ((name, buffer) for name, buffer in module.named_buffers() if name in stored)
+    yield from ((name, buffer) for name, buffer in module.named_buffers() if name in stored)
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
