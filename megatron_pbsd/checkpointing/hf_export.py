@@ -7,10 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
-CARRIED = (
-    "config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json", "special_tokens_map.json")
+from megatron_pbsd.checkpointing.hf_folder import SINGLE, HfFile, carry
 
 
 def export_hf(tensors: Mapping[str, torch.Tensor], origin: Path, folder: Path) -> None:
@@ -18,10 +16,10 @@ def export_hf(tensors: Mapping[str, torch.Tensor], origin: Path, folder: Path) -
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    save_file({name: tensor.clone() for name, tensor in tensors.items()}, partial / "model.safetensors",
-              metadata={"format": "pt"})
-    for name in CARRIED:
-        if (origin / name).is_file():
-            shutil.copy(origin / name, partial)
+    file = HfFile(partial / SINGLE, {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()})
+    for tensor in tensors.values():
+        file.write(tensor)
+    file.close()
+    carry(origin, partial)
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)

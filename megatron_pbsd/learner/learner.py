@@ -17,6 +17,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_pbsd.batch import Batch
+from megatron_pbsd.checkpointing.hf_folder import stored
 from megatron_pbsd.config import LearnerConfig, ModelConfig
 from megatron_pbsd.learner import fields, metrics, microbatch, state, weights
 from megatron_pbsd.learner.balance import plan
@@ -85,7 +86,7 @@ class Learner:
                 maps = [{new: parts[old] for old, new in parameter_names(parts).items()} for parts in maps]
             self._weights = weights.Weights(chunks, maps)
             self._weights.fill(
-                weights.stored(model.path, self._shapes, partial(self._family.ignored_tensor, hf))
+                stored(model.path, self._shapes, partial(self._family.ignored_tensor, hf))
                 if model.initial_weights == "load" else weights.random(self._shapes, hf["initializer_range"], seed))
             self._chunks = chunks
             self._model, self._optimizer, self._scheduler = build_optimizer(chunks, config, self.platform, total_steps)
