@@ -62,16 +62,18 @@ class HfTensor:
 
 
 class HfFolder:
-    """A folder's tensors, read part by part. ModelError naming all that is missing, truncated or contradictory."""
+    """A folder's tensors, read part by part. ModelError naming all that is missing, truncated or contradictory.
 
-    def __init__(self, folder: str | Path):
+    files: only what is in these, whatever the index says.
+    """
+
+    def __init__(self, folder: str | Path, files: Sequence[str] = ()):
         self.folder = Path(folder)
         self.tensors: dict[str, HfTensor] = {}
         self._maps: dict[str, MappedFile] = {}
-        index = _weight_map(self.folder)
+        index = None if files else _weight_map(self.folder)
         problems: list[str] = []
-        files = sorted(set(index.values())) if index is not None else [SINGLE]
-        for file in files:
+        for file in files or (sorted(set(index.values())) if index is not None else [SINGLE]):
             found, wrong = _header(self.folder, file)
             problems += wrong
             problems += [f"{file}: {name} is in {self.tensors[name].file} too" for name in found

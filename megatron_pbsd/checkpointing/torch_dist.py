@@ -102,6 +102,12 @@ class Writer:
         start, length = self._save(value)
         self.entries.append(Entry(key, self.file, start, length))
 
+    def copy(self, entry: Entry, archive: memoryview) -> None:
+        """An object as another checkpoint has it."""
+        start = self._stream.tell()
+        self._stream.write(archive)
+        self.entries.append(Entry(entry.key, self.file, start, len(archive)))
+
     def close(self) -> None:
         """Sync to disk, and then say so in a file beside it."""
         checksum = self._stream.close_synced()
@@ -235,6 +241,12 @@ class Reader:
             return torch.load(io.BytesIO(data), weights_only=True)
         except Exception as error:
             raise CheckpointError(f"{self.folder / entry.file}: {key} is damaged: {error}") from error
+
+    def archive(self, entry: Entry) -> memoryview:
+        """What torch.save wrote. CheckpointError when it is damaged."""
+        if not self._intact(entry):
+            raise CheckpointError(f"{self.folder / entry.file}: {entry.key} is damaged")
+        return memoryview(self._map(entry.file).data)[entry.start : entry.start + entry.length]
 
     def common(self) -> dict[str, Any]:
         """What is the same on all ranks."""

@@ -1,0 +1,74 @@
+"""Finds the checkpoint in a folder, and the model it is of.
+
+A folder may be a checkpoint itself; what Megatron-LM's --load takes (latest_checkpointed_iteration.txt beside
+iter_0000123/ or release/); or a run's checkpoints (latest beside step_40/), of which the learner's part is meant.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_pbsd.checkpointing.errors import CheckpointError
+from megatron_pbsd.checkpointing.hf_folder import CHECKSUMS, INDEX, SINGLE
+from megatron_pbsd.checkpointing.torch_dist import BACKEND, Reader
+from megatron_pbsd.models.hf_config import read
+
+TRACKER, RELEASE = "latest_checkpointed_iteration.txt", "release"
+HF = "hf"
+"""Where our checkpoints keep configuration and tokenizer."""
+CONFIG = "hf_config"
+"""Or, in what is the same on all ranks, the configuration alone."""
+
+
+def locate(folder: Path) -> Path:
+    """The folder with metadata.json. CheckpointError when there is none."""
+    if (folder / BACKEND).is_file():
+        return folder
+    for pointer, name in ((TRACKER, _megatron_name), ("latest", str)):
+        if (folder / pointer).is_file():
+            inner = folder / name((folder / pointer).read_text().strip())
+            if inner.is_dir():
+                return locate(inner)
+            raise CheckpointError(f"{folder / pointer} names {inner.name}, which does not exist")
+    if (folder / "learner" / BACKEND).is_file():
+        return folder / "learner"
+    inside = sorted(str(p.parent.relative_to(folder)) for p in folder.glob(f"*/{BACKEND}"))
+    raise CheckpointError(
+        f"{folder} is no checkpoint: it has neither {BACKEND} nor {TRACKER}"
+        + ("" if folder.is_dir() else "; it does not exist")
+        + (f"; did you mean {', '.join(inside)}?" if inside else ""))
+
+
+def is_hf(folder: Path) -> bool:
+    """Whether a folder holds a model in Hugging Face format."""
+    return any((folder / name).is_file() for name in ("config.json", SINGLE, INDEX))
+
+
+def model_config(checkpoint: Path, given: Path | None) -> tuple[dict[str, Any], Path | None]:
+    """config.json of the model that a checkpoint is of, and the folder it is in, if any: the one that is given, or the
+    one that the checkpoint keeps."""
+    for folder in (given, checkpoint / HF):
+        if folder is not None and (folder == given or folder.is_dir()):
+            return read(folder), folder
+    common = Reader(checkpoint).common()
+    if isinstance(common.get(CONFIG), Mapping):
+        return dict(common[CONFIG]), None
+    raise CheckpointError(f"{checkpoint} does not say what model it is of: name a Hugging Face folder of that model "
+                          "with --config")
+
+
+def recorded(checkpoint: Path) -> dict[str, dict[str, str]]:
+    """What a checkpoint's checksums.json says of its 'files' and Hugging Face 'tensors'; empty where there is none."""
+    path = checkpoint / CHECKSUMS
+    try:
+        found = json.loads(path.read_text()) if path.is_file() else {}
+        return {kind: dict(found.get(kind, {})) for kind in ("files", "tensors")}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from error
+
+
+def _megatron_name(iteration: str) -> str:
+    return f"iter_{int(iteration):07}" if iteration.isdigit() else RELEASE
