@@ -223,7 +223,7 @@ class Reader:
             if length != size:
                 raise CheckpointError(f"{self.folder / part.file}: {part.key} at {part.offset} has {length} bytes, "
                                       f"{size} are expected of {part.dtype} {part.size}")
-            if self.checked and not self._intact(part):
+            if self.checked and not self.intact(part):
                 raise CheckpointError(f"{self.folder / part.file}: {part.key} at {part.offset} is damaged: its "
                                       "checksum is not that of what was written")
             self._payloads[part] = start, length
@@ -244,7 +244,7 @@ class Reader:
 
     def archive(self, entry: Entry) -> memoryview:
         """What torch.save wrote. CheckpointError when it is damaged."""
-        if not self._intact(entry):
+        if not self.intact(entry):
             raise CheckpointError(f"{self.folder / entry.file}: {entry.key} is damaged")
         return memoryview(self._map(entry.file).data)[entry.start : entry.start + entry.length]
 
@@ -259,7 +259,7 @@ class Reader:
         """Keys of parts whose bytes are not those that were written, each with its file."""
         return [f"{self.folder / entry.file}: {entry.key}" + (f" at {entry.offset}" if entry.offset else "")
                 for entry in (*self.objects.values(), *(p for t in self.tensors.values() for p in t.parts))
-                if not self._intact(entry)]
+                if not self.intact(entry)]
 
     def incomplete(self) -> list[str]:
         """Keys of tensors whose parts do not tile them, each with what is wrong."""
@@ -299,7 +299,7 @@ class Reader:
                 f"{str(error) or repr(error)}") from error
         return start, record.file_size
 
-    def _intact(self, entry: Entry) -> bool:
+    def intact(self, entry: Entry) -> bool:
         """By the checksums in the archive that torch.save made."""
         try:
             archive = _Slice(self._map(entry.file).data, entry.start, entry.length)

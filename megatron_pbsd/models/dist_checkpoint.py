@@ -104,10 +104,12 @@ def extra_states(decoder: Decoder) -> list[str]:
             for module, experts in (modules | {key: [] for key in attention}).items() for i in experts or [0]]
 
 
-def rank_boxes(decoder: Decoder, parallel: ParallelConfig, rank: int) -> Iterator[tuple[str, Index]]:
+def rank_boxes(
+    decoder: Decoder, parallel: ParallelConfig, rank: int, layer_axis: bool = False
+) -> Iterator[tuple[str, Index]]:
     """Key and box of each part of a checkpoint's weights that this rank speaks for at this layout; over all ranks every
     element once."""
-    stored = places(decoder)
+    stored = places(decoder, layer_axis)
     for chunk in range(parallel.vpp):
         for parts in pieces(decoder, parallel, coordinates(parallel, rank), chunk).values():
             boxes: list[tuple[str, Index]] = []

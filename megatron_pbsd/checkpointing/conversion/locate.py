@@ -11,9 +11,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from megatron_pbsd.checkpointing.errors import CheckpointError
+from megatron_pbsd.checkpointing.files import write_synced
 from megatron_pbsd.checkpointing.hf_folder import CHECKSUMS, INDEX, SINGLE
-from megatron_pbsd.checkpointing.torch_dist import BACKEND, Reader
+from megatron_pbsd.checkpointing.torch_dist import BACKEND, COMMON, METADATA, Reader
 from megatron_pbsd.models.hf_config import read
 
 TRACKER, RELEASE = "latest_checkpointed_iteration.txt", "release"
@@ -21,6 +24,9 @@ HF = "hf"
 """Where our checkpoints keep configuration and tokenizer."""
 CONFIG = "hf_config"
 """Or, in what is the same on all ranks, the configuration alone."""
+
+
+BESIDE = (METADATA, BACKEND, COMMON)
 
 
 def locate(folder: Path) -> Path:
@@ -68,6 +74,37 @@ def recorded(checkpoint: Path) -> dict[str, dict[str, str]]:
         return {kind: dict(found.get(kind, {})) for kind in ("files", "tensors")}
     except (ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} is damaged: {error}") from error
+
+
+def changed_index(checkpoint: Path) -> list[str]:
+    """Files of a checkpoint besides its parts whose content is not what checksums.json says."""
+    known = recorded(checkpoint)["files"]
+    return [f"{checkpoint / name} is missing or damaged: its checksum is not what {CHECKSUMS} says"
+            for name in BESIDE if name in known and _checksum(checkpoint / name) != known[name]]
+
+
+def write_checksums(checkpoint: Path, parts: Mapping[str, str], tensors: Mapping[str, str]) -> None:
+    """Of a checkpoint's files (xxh3_128 of their content; `parts` has those of the large ones), and of the Hugging Face
+    tensors in them."""
+    write_synced(checkpoint / CHECKSUMS, json.dumps({
+        "xxh3_128": "of each file, and of each Hugging Face tensor's bytes",
+        "files": dict(parts) | {name: _checksum(checkpoint / name) for name in BESIDE},
+        "tensors": dict(tensors)}, indent=1).encode())
+
+
+def with_dtype(hf: dict[str, Any], dtype: str | None) -> dict[str, Any]:
+    """config.json of the same model with its weights stored as `dtype`; None leaves it as it is."""
+    if dtype is None:
+        return hf
+    return {name: value for name, value in hf.items() if name != "torch_dtype"} | {"dtype": dtype}
+
+
+def write_config(folder: Path, hf: dict[str, Any]) -> None:
+    write_synced(folder / "config.json", (json.dumps(hf, indent=2) + "\n").encode())
+
+
+def _checksum(path: Path) -> str | None:
+    return xxhash.xxh3_128(path.read_bytes()).hexdigest() if path.is_file() else None
 
 
 def _megatron_name(iteration: str) -> str:

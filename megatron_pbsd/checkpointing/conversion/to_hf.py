@@ -11,7 +11,14 @@ from typing import Any
 
 import torch
 
-from megatron_pbsd.checkpointing.conversion.locate import locate, model_config, recorded
+from megatron_pbsd.checkpointing.conversion.locate import (
+    changed_index,
+    locate,
+    model_config,
+    recorded,
+    with_dtype,
+    write_config,
+)
 from megatron_pbsd.checkpointing.conversion.plan import (
     Box,
     Digests,
@@ -24,10 +31,9 @@ from megatron_pbsd.checkpointing.conversion.plan import (
     snapshot,
     write_digests,
 )
-from megatron_pbsd.checkpointing.conversion.to_megatron import with_dtype, write_config
 from megatron_pbsd.checkpointing.errors import CheckpointError
 from megatron_pbsd.checkpointing.hf_folder import FLOATS, HfFile, HfFolder, carry, shard_names, write_index
-from megatron_pbsd.checkpointing.torch_dist import COMMON, METADATA, Reader
+from megatron_pbsd.checkpointing.torch_dist import Reader
 from megatron_pbsd.models import family
 from megatron_pbsd.models.decoder import hf_tensors, kept_in_float32
 from megatron_pbsd.models.dist_checkpoint import Place, has_layer_axis, places
@@ -66,7 +72,7 @@ class MegatronWeights:
         problems += [
             f"{self.folder}: {key} has shape {list(found[key])}, config.json implies {list(shape)}"
             for key, shape in expected.items() if key in found and not _fits(key, found[key], shape)]
-        return problems or self.reader.incomplete()
+        return changed_index(self.folder) + (problems or self.reader.incomplete())
 
     def parts(self, name: str, piece_bytes: int) -> Iterator[torch.Tensor]:
         """A tensor's elements in order, in pieces of at most `piece_bytes`, one row at least; not to be written to."""
@@ -201,17 +207,6 @@ def hf_parts(folder: HfFolder, name: str, piece_bytes: int) -> Iterator[torch.Te
     row_bytes = prod(shape[1:]) * folder.tensors[name].dtype.itemsize
     for rows in row_steps(shape[0], row_bytes, piece_bytes):
         yield folder.read(name, (rows, *(slice(0, n) for n in shape[1:])))
-
-
-def changed_index(folder: Path) -> list[str]:
-    """Files of a checkpoint besides its parts whose content is not what checksums.json says."""
-    import xxhash
-
-    known = recorded(folder)["files"]
-    return [f"{folder / name} is missing or damaged: its checksum is not what checksums.json says"
-            for name in (METADATA, COMMON) if name in known
-            and not ((folder / name).is_file()
-                     and xxhash.xxh3_128((folder / name).read_bytes()).hexdigest() == known[name])]
 
 
 def _box(place: Place, rows: slice, local: list[int]) -> Box:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,7 +11,15 @@ from typing import Any
 
 import torch
 
-from megatron_pbsd.checkpointing.conversion.locate import CONFIG, HF, RELEASE, TRACKER
+from megatron_pbsd.checkpointing.conversion.locate import (
+    CONFIG,
+    HF,
+    RELEASE,
+    TRACKER,
+    with_dtype,
+    write_checksums,
+    write_config,
+)
 from megatron_pbsd.checkpointing.conversion.plan import (
     Digests,
     Meter,
@@ -25,7 +32,6 @@ from megatron_pbsd.checkpointing.conversion.plan import (
     snapshot,
     write_digests,
 )
-from megatron_pbsd.checkpointing.files import write_synced
 from megatron_pbsd.checkpointing.hf_folder import CHECKSUMS, FLOATS, HfFolder, carry
 from megatron_pbsd.checkpointing.torch_dist import Reader, Writer, assemble, listed, write_common
 from megatron_pbsd.config import ParallelConfig
@@ -191,24 +197,6 @@ class ToMegatron:
                 return values
             made[inside] = values
         return made
-
-
-def with_dtype(hf: dict[str, Any], dtype: str | None) -> dict[str, Any]:
-    """config.json of the same model with its weights stored as `dtype`; None leaves it as it is."""
-    if dtype is None:
-        return hf
-    return {name: value for name, value in hf.items() if name != "torch_dtype"} | {"dtype": dtype}
-
-
-def write_config(folder: Path, hf: dict[str, Any]) -> None:
-    write_synced(folder / "config.json", (json.dumps(hf, indent=2) + "\n").encode())
-
-
-def write_checksums(folder: Path, files: dict[str, str], tensors: dict[str, str]) -> None:
-    """Of a checkpoint's files (xxh3_128 of their content), and of the Hugging Face tensors in them."""
-    write_synced(folder / CHECKSUMS, json.dumps(
-        {"xxh3_128": "of each file, and of each Hugging Face tensor's bytes", "files": files, "tensors": tensors},
-        indent=1).encode())
 
 
 def _overlaps(unit: Unit, rows: slice) -> Iterator[tuple[str, slice]]:
