@@ -1,4 +1,4 @@
-"""`pbsd`: train, look at configurations, trajectories and reports, run benches.
+"""`pbsd`: train, look at configurations, trajectories and reports, convert models, run benches.
 
 Only what a command needs is imported, so that `pbsd config check` answers at once. Exit codes: 0 done, 1 the run
 failed, 2 what was asked for is wrong, 130 interrupted, 143 terminated.
@@ -13,6 +13,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 
+from launcher.convert import add_commands
 from launcher.schema import did_you_mean
 from megatron_pbsd.errors import PbsdError, UsageError
 
@@ -81,6 +82,10 @@ def parser() -> argparse.ArgumentParser:
 
     command(commands, "report", "build report.html from what a run recorded", _report).add_argument(
         "folder", metavar="RUN", help="the run's folder")
+
+    convert = commands.add_parser("convert", help="models between Hugging Face and Megatron, and a look into both",
+                                  allow_abbrev=False)
+    add_commands(command, convert.add_subparsers(dest="action", required=True, metavar="ACTION"))
 
     bench = command(commands, "bench", "measure one part", _bench, epilog=overrides)
     bench.add_argument("name", metavar="NAME", help="a module of launcher/bench")

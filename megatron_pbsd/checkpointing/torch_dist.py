@@ -49,9 +49,6 @@ BACKEND = "metadata.json"
 SUFFIX = ".distcp"
 ELEMENTS = "/data/0"
 """What torch.save calls the elements of the tensor, in the archive it makes."""
-BROKEN = (zipfile.BadZipFile, StopIteration, OSError, ValueError, EOFError, NotImplementedError, RuntimeError,
-          struct.error, zlib.error)
-"""What Python raises about a damaged archive."""
 STEP = 64 << 20
 """Bytes."""
 Box = tuple[slice, ...]
@@ -261,6 +258,20 @@ class Reader:
                 for entry in (*self.objects.values(), *(p for t in self.tensors.values() for p in t.parts))
                 if not self.intact(entry)]
 
+    def intact(self, entry: Entry) -> bool:
+        """Whether the bytes of a part, or object, are those that were written; torch.save left checksums of them."""
+        try:
+            archive = _Slice(self._map(entry.file).data, entry.start, entry.length)
+            with zipfile.ZipFile(archive) as opened:
+                for record in opened.infolist():
+                    if entry.shape is None or not record.filename.endswith(ELEMENTS):
+                        opened.read(record)
+                    elif self._crc(entry.file, *self._payload(entry)) != record.CRC:
+                        return False
+            return True
+        except Exception:
+            return False
+
     def incomplete(self) -> list[str]:
         """Keys of tensors whose parts do not tile them, each with what is wrong."""
         return [f"{self.folder}: {key} {problem}" for key, tensor in self.tensors.items()
@@ -293,25 +304,12 @@ class Reader:
             start = header + 30 + name + extra
             if record.compress_type != zipfile.ZIP_STORED or start + record.file_size > part.start + part.length:
                 raise zipfile.BadZipFile("its elements are not where they should be")
-        except BROKEN as error:
+        except Exception as error:
+            # What has other bytes than an archive's can fail to be one in any way.
             raise CheckpointError(
                 f"{self.folder / part.file}: {part.key} at {part.offset} is truncated or damaged: "
                 f"{str(error) or repr(error)}") from error
         return start, record.file_size
-
-    def intact(self, entry: Entry) -> bool:
-        """By the checksums in the archive that torch.save made."""
-        try:
-            archive = _Slice(self._map(entry.file).data, entry.start, entry.length)
-            with zipfile.ZipFile(archive) as opened:
-                for record in opened.infolist():
-                    if entry.shape is None or not record.filename.endswith(ELEMENTS):
-                        opened.read(record)
-                    elif self._crc(entry.file, *self._payload(entry)) != record.CRC:
-                        return False
-            return True
-        except (CheckpointError, *BROKEN):
-            return False
 
     def _crc(self, file: str, start: int, length: int) -> int:
         """A step at a time, so that few pages are held."""

@@ -22,7 +22,7 @@ from megatron_pbsd.models.hf_config import read
 TRACKER, RELEASE = "latest_checkpointed_iteration.txt", "release"
 HF = "hf"
 """Where our checkpoints keep configuration and tokenizer."""
-CONFIG = "hf_config"
+CONFIG = "model"
 """Or, in what is the same on all ranks, the configuration alone."""
 
 
@@ -55,15 +55,23 @@ def is_hf(folder: Path) -> bool:
 
 def model_config(checkpoint: Path, given: Path | None) -> tuple[dict[str, Any], Path | None]:
     """config.json of the model that a checkpoint is of, and the folder it is in, if any: the one that is given, or the
-    one that the checkpoint keeps."""
-    for folder in (given, checkpoint / HF):
-        if folder is not None and (folder == given or folder.is_dir()):
-            return read(folder), folder
-    common = Reader(checkpoint).common()
-    if isinstance(common.get(CONFIG), Mapping):
-        return dict(common[CONFIG]), None
-    raise CheckpointError(f"{checkpoint} does not say what model it is of: name a Hugging Face folder of that model "
-                          "with --config")
+    one that the checkpoint keeps. CheckpointError when there is none, or these two are of different families."""
+    kept, folder = None, checkpoint / HF
+    if folder.is_dir():
+        kept = read(folder)
+    elif given is None or (checkpoint / COMMON).is_file():
+        folder, common = None, Reader(checkpoint).common() if given is None else _common(checkpoint)
+        kept = dict(common[CONFIG]) if isinstance(common.get(CONFIG), Mapping) else None
+    if given is not None:
+        hf = read(given)
+        if kept is not None and kept.get("model_type") != hf.get("model_type"):
+            raise CheckpointError(f"{given} is of a {hf.get('model_type')} model, {checkpoint} of a "
+                                  f"{kept.get('model_type')} one")
+        return hf, given
+    if kept is None:
+        raise CheckpointError(f"{checkpoint} does not say what model it is of: name a Hugging Face folder of that "
+                              "model with --config")
+    return kept, folder
 
 
 def recorded(checkpoint: Path) -> dict[str, dict[str, str]]:
@@ -105,6 +113,14 @@ def write_config(folder: Path, hf: dict[str, Any]) -> None:
 
 def _checksum(path: Path) -> str | None:
     return xxhash.xxh3_128(path.read_bytes()).hexdigest() if path.is_file() else None
+
+
+def _common(checkpoint: Path) -> dict[str, Any]:
+    """Empty where it has objects of Megatron-LM's, which only Megatron-LM can read."""
+    try:
+        return Reader(checkpoint).common()
+    except CheckpointError:
+        return {}
 
 
 def _megatron_name(iteration: str) -> str:

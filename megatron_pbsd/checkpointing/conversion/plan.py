@@ -165,6 +165,7 @@ def snapshot(folder: Path) -> dict[str, list[int]]:
 
 
 def require(problems: Sequence[str]) -> None:
-    """CheckpointError with all of them."""
+    """CheckpointError with all of them, each on a line of its own."""
     if problems:
-        raise CheckpointError("; ".join(problems))
+        head = [f"{len(problems)} problems:"] if len(problems) > 1 else []
+        raise CheckpointError("\n  ".join([*head, *problems]))

@@ -27,6 +27,7 @@ from megatron_pbsd.checkpointing.conversion.plan import (
     balanced,
     digests_path,
     read_digests,
+    require,
     row_steps,
     snapshot,
     write_digests,
@@ -164,8 +165,7 @@ class ToHf:
         if self._weights.origin is not None:
             carry(self._weights.origin, folder)
         write_config(folder, with_dtype(self._weights.hf, self.dtype))
-        if problems := HfFolder(folder).problems(self._weights.shapes, lambda name: False):
-            raise CheckpointError("; ".join(problems))
+        require(HfFolder(folder).problems(self._weights.shapes, lambda name: False))
         for name in self._plan:
             digests_path(folder, name).unlink()
 
@@ -193,9 +193,8 @@ class ToHf:
     def _compare(self, digests: Digests) -> None:
         """With those of an import: what was not trained since is still the same."""
         known: Mapping[str, str] = recorded(self._weights.folder)["tensors"] if self.dtype is None else {}
-        if wrong := [name for name in digests.differing(known) if name in known]:
-            raise CheckpointError("; ".join(f"{self._weights.folder}: {name} is not what was imported"
-                                            for name in wrong))
+        require([f"{self._weights.folder}: {name} is not what was imported"
+                 for name in digests.differing(known) if name in known])
 
 
 def hf_parts(folder: HfFolder, name: str, piece_bytes: int) -> Iterator[torch.Tensor]:
