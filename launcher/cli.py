@@ -14,8 +14,7 @@ import traceback
 from collections.abc import Callable, Sequence
 
 from launcher.convert import add_commands
-from launcher.schema import did_you_mean
-from megatron_pbsd.errors import PbsdError, UsageError
+from megatron_pbsd.errors import PbsdError, UsageError, did_you_mean
 
 DONE, FAILED, WRONG, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
 

@@ -10,8 +10,9 @@ from typing import Any, get_origin
 
 from pydantic_core import ErrorDetails
 
-from launcher.schema import describe, did_you_mean, fields_at, known_keys, models_of, tag_of
+from launcher.schema import describe, fields_at, known_keys, models_of, tag_of
 from launcher.sources import KeyPath, Problem, Settings
+from megatron_pbsd.errors import did_you_mean
 
 
 def locate(loc: Sequence[str | int]) -> tuple[KeyPath, str | int | None]:

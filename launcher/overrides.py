@@ -16,9 +16,10 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from launcher.explain import conflict, explain, locate, shown
-from launcher.schema import did_you_mean, models_of, tag_of
+from launcher.schema import models_of, tag_of
 from launcher.sources import ConfigError, KeyPath, Problem, Settings, apply_overrides, read_yaml
 from megatron_pbsd.config import LearnerConfig, ModelConfig, RunConfig
+from megatron_pbsd.errors import did_you_mean
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = (), check_model: bool = True) -> RunConfig:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator, Sequence
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -42,12 +41,6 @@ def known_keys(root: type[BaseModel] = RunConfig, prefix: tuple[str, ...] = ()) 
         yield (*prefix, key)
         for model in models_of(field.annotation):
             yield from known_keys(model, (*prefix, key))
-
-
-def did_you_mean(word: str, choices: Sequence[str]) -> str:
-    """`; did you mean 'x'?`, or nothing if no choice is near."""
-    near = difflib.get_close_matches(word, choices, 1)
-    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def describe(annotation: Any, metadata: Sequence[Any] = ()) -> str:

@@ -9,13 +9,13 @@ speak of `tokens[t]` given `tokens[:t]`. The one shift to next-token prediction 
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
+from megatron_pbsd.errors import did_you_mean
 from megatron_pbsd.trajectory import NOT_ROUTED, Trajectory
 
 Granularity = Literal["token", "turn", "trajectory"]
@@ -88,8 +88,7 @@ class Batch(Mapping[str, list[np.ndarray]]):
     @staticmethod
     def _checked(name: str, values: Sequence[np.ndarray]) -> list[np.ndarray]:
         if name not in SCHEMA:
-            near = difflib.get_close_matches(name, SCHEMA, 1)
-            raise SchemaError(f"unknown batch field {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+            raise SchemaError(f"unknown batch field {name!r}{did_you_mean(name, SCHEMA)}")
         return [np.asarray(v, dtype=SCHEMA[name].dtype) for v in values]
 
     def __getitem__(self, name: str) -> list[np.ndarray]:
@@ -108,12 +107,15 @@ class Batch(Mapping[str, list[np.ndarray]]):
 
     @property
     def lengths(self) -> list[int]:
+        """T_i, tokens of each sequence."""
         return [len(t) for t in self._columns["tokens"]]
 
     def with_fields(self, **columns: Sequence[np.ndarray]) -> Batch:
+        """The same sequences with these fields added or replaced. SchemaError as for a new batch."""
         return Batch({**self._columns, **columns})
 
     def select(self, indices: Sequence[int]) -> Batch:
+        """These sequences, in this order."""
         return Batch({name: [values[i] for i in indices] for name, values in self._columns.items()})
 
 

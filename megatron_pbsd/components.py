@@ -82,6 +82,10 @@ class Components:
     checkpoints: CheckpointStore
     done: int
 
+    def __post_init__(self) -> None:
+        splits = {self.config.environment.train_split, self.config.evaluation.split}
+        self._tasks = {task.task_id: task for split in splits for task in self.environment.tasks(split)}
+
     @contextmanager
     def engines_alone(self) -> Iterator[None]:
         """The learner gives its device memory away meanwhile, if the configuration says so."""
@@ -95,10 +99,6 @@ class Components:
     def reward(self, groups: Sequence[Group]) -> list[Group]:
         """Verify every trajectory's answer."""
         return score(self.environment, groups, self._tasks)
-
-    def __post_init__(self) -> None:
-        splits = {self.config.environment.train_split, self.config.evaluation.split}
-        self._tasks = {task.task_id: task for split in splits for task in self.environment.tasks(split)}
 
     def evaluate(self, step: int) -> dict[str, float]:
         """The policy in the engines on the evaluation split."""

@@ -87,6 +87,7 @@ def plan_for(config: RunConfig, groups: Sequence[Group], version: int) -> Plan:
 
 
 def plan_of(config: RunConfig, on_policy: bool) -> Plan:
+    """The plan of a step on exactly on-policy data, or on any."""
     top = config.algorithm.teacher_top if isinstance(config.algorithm, PrivilegedConfig) else 0
     return plan(build_algorithm(config.algorithm), loss_of(config, on_policy), on_policy, top)
 
@@ -212,5 +213,6 @@ def conclude(plan: Plan, groups: Sequence[Group], batch: Batch, credit: Credit |
 
 
 def turn_means(outcome: Outcome, advantages: np.ndarray) -> list[float]:
+    """Mean of `advantages`, [n] by generated token, over each turn; 0 for a turn without tokens."""
     tokens = np.maximum(np.bincount(outcome.turn_index, minlength=outcome.turns), 1)
     return (np.bincount(outcome.turn_index, weights=advantages, minlength=outcome.turns) / tokens).tolist()

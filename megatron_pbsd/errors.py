@@ -1,7 +1,9 @@
-"""Base classes of the errors that end a run with a message instead of a traceback."""
+"""Base classes of the errors that end a run with a message instead of a traceback, and a phrase of such messages."""
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
 from typing import ClassVar
 
 
@@ -18,3 +20,9 @@ class UsageError(PbsdError):
     """What was asked for cannot be done as asked; nothing has started. The command line exits with 2."""
 
     component: ClassVar[str] = "usage"
+
+
+def did_you_mean(word: str, choices: Iterable[str]) -> str:
+    """`; did you mean 'x'?`, or nothing if no choice is near."""
+    near = difflib.get_close_matches(word, list(choices), 1)
+    return f"; did you mean {near[0]!r}?" if near else ""

@@ -12,12 +12,16 @@ Step s trains on rollouts of weights version s - 1 and makes version s; row 0 of
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 from megatron_pbsd import credit, summary
 from megatron_pbsd.batch import from_trajectories
 from megatron_pbsd.components import Components, build
 from megatron_pbsd.config import RunConfig
 from megatron_pbsd.environments.search_qa.demonstrations import Demonstrator
 from megatron_pbsd.prompts import informative, mini_batches, requests
+from megatron_pbsd.rollout.coordinator import CollectStatistics
 from megatron_pbsd.trajectory import Group
 
 
@@ -32,7 +36,7 @@ def train_with_rewards(run: Components) -> None:
     config, recorder = run.config, run.recorder
     start(run)
     for step in range(run.done + 1, config.steps + 1):
-        groups, others, metrics = roll_out(run, step)
+        groups, others, metrics = roll_out(config, partial(ask_prompts, run, step))
         with recorder.phase("log_probs"):
             plan = credit.plan_for(config, groups, version=step - 1)
             batch, credited = credit.prepare(plan, groups, run.learner, run.reference)
@@ -45,27 +49,38 @@ def train_with_rewards(run: Components) -> None:
         finish(run, step, metrics | credit_metrics)
 
 
-def roll_out(run: Components, step: int) -> tuple[list[Group], list[Group], dict[str, float]]:
+def roll_out(
+    config: RunConfig, ask: Callable[[int], tuple[list[Group], CollectStatistics]]
+) -> tuple[list[Group], list[Group], dict[str, float]]:
     """The groups to train on, those that are not, all with rewards, and metrics of all.
+
+    ask:  attempt, from 0 → the scored groups of further prompts, and what the engines did.
 
     With `sampling_attempts` above 1 prompts are asked until as many groups as were wanted are informative.
     """
-    config, asked, statistics = run.config, [], []
-    tasks, wanted = run.environment.tasks(config.environment.train_split), config.rollout.prompts_per_step
-    for attempt in range(config.algorithm.sampling_attempts):
-        with run.recorder.phase("rollout"), run.engines_alone():
-            prompts = requests(run.environment, tasks, config, step, attempt)
-            groups, work = run.rollout.collect(prompts, step, attempt=attempt)
-        with run.recorder.phase("reward"):
-            asked += run.reward(groups)
+    asked, statistics = [], []
+    attempts, wanted = config.algorithm.sampling_attempts, config.rollout.prompts_per_step
+    for attempt in range(attempts):
+        groups, work = ask(attempt)
+        asked += groups
         statistics.append(work)
         if len(informative(asked)) >= wanted:
             break
-    chosen = informative(asked)[:wanted] if config.algorithm.sampling_attempts > 1 else asked
+    chosen = informative(asked)[:wanted] if attempts > 1 else asked
     chosen = chosen or asked[:wanted]
     ids = {group.group_id for group in chosen}
     others = [group for group in asked if group.group_id not in ids]
     return chosen, others, summary.of_engines(statistics) | summary.of_rollout(asked)
+
+
+def ask_prompts(run: Components, step: int, attempt: int) -> tuple[list[Group], CollectStatistics]:
+    """Rollout `attempt` of a training step, verified."""
+    tasks = run.environment.tasks(run.config.environment.train_split)
+    with run.recorder.phase("rollout"), run.engines_alone():
+        prompts = requests(run.environment, tasks, run.config, step, attempt)
+        groups, work = run.rollout.collect(prompts, step, attempt=attempt)
+    with run.recorder.phase("reward"):
+        return run.reward(groups), work
 
 
 def train_supervised(run: Components) -> None:

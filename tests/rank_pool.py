@@ -5,13 +5,14 @@ from __future__ import annotations
 import gc
 import importlib
 import multiprocessing
-import socket
 import sys
 import time
 import traceback
 from multiprocessing.connection import Connection, wait
 
 import torch
+
+from megatron_pbsd.learner.group import free_port
 
 PRELOAD = ["megatron_pbsd.learner.learner", "megatron_pbsd.platform.cpu_modules"]
 
@@ -49,9 +50,7 @@ class RankPool:
     def run(self, function, world_size: int, *args, deadline_s: float = 90.0) -> list:
         """Results of `function(rank, rendezvous, *args)` by rank; `function` is a module's top-level function."""
         self._start()
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            rendezvous = f"tcp://127.0.0.1:{probe.getsockname()[1]}"
+        rendezvous = f"tcp://127.0.0.1:{free_port()}"
         for rank, (_, connection) in enumerate(self.ranks[:world_size]):
             connection.send((function.__module__, function.__name__, (rank, rendezvous, *args)))
         results: dict[int, object] = {}

@@ -101,6 +101,7 @@ class Model:
             np.stack([np.arange(len(r))] * 2, -1) for r in rows]}
         return {name: shaped[name] for name in outputs}
 
+
 class Frozen:
     """Another model, as the reference is one."""
 

@@ -1,7 +1,5 @@
 """The order of the data and the dealing of groups, as properties."""
 
-from contextlib import contextmanager, nullcontext
-
 import numpy as np
 import pytest
 from hypothesis import given, strategies as st
@@ -59,31 +57,6 @@ def test_further_attempts_ask_what_no_other_rollout_of_the_epoch_asks(tasks, cou
         assert len(set(ids)) == len(ids)
 
 
-class FakeRun:
-    """As much of `Components` as `roll_out` sees; `rewards`: of each attempt's groups."""
-
-    def __init__(self, rewards, count, **algorithm):
-        self.config = RunConfig(name="n", steps=1, model={"path": "m"}, rollout={"prompts_per_step": count},
-                                algorithm=algorithm, learner={"updates_per_step": 1})
-        self.environment, self.rewards, self.attempts = EchoEnvironment(), rewards, []
-        self.rollout = self.recorder = self
-
-    @contextmanager
-    def phase(self, name):
-        yield
-
-    def engines_alone(self):
-        return nullcontext()
-
-    def collect(self, prompts, step, attempt):
-        self.attempts.append(attempt)
-        groups = [group(p.group_id, r) for p, r in zip(prompts, self.rewards[attempt], strict=True)]
-        return groups, CollectStatistics(1, 1, 10, 0, 0, 2.0, 0.5)
-
-    def reward(self, groups):
-        return groups
-
-
 EQUAL, MIXED = [1.0, 1.0], [0.0, 1.0]
 
 
@@ -94,16 +67,27 @@ EQUAL, MIXED = [1.0, 1.0], [0.0, 1.0]
     ([[EQUAL, EQUAL], [EQUAL, EQUAL], [EQUAL, EQUAL]], ["0", "1"], 3),
 ])
 def test_dynamic_sampling_replaces_groups_that_teach_nothing(rewards, chosen, attempts):
-    run = FakeRun(rewards, 2, name="dapo", sampling_attempts=3)
-    groups, others, metrics = roll_out(run, 1)
+    asked = []
+    groups, others, metrics = roll_out(*sampling(rewards, asked, name="dapo", sampling_attempts=3))
     assert [g.group_id for g in groups] == chosen
-    assert run.attempts == list(range(attempts)) and metrics["rollout/attempts"] == attempts
+    assert asked == list(range(attempts)) and metrics["rollout/attempts"] == attempts
     assert sorted([g.group_id for g in groups + others], key=int) == [str(i) for i in range(2 * attempts)]
     assert metrics["rollout/tokens"] == 10 * attempts and metrics["rollout/tokens_per_s"] == 5
     # The reported reward is that of all that was asked.
     assert metrics["reward/mean"] == np.mean([r for rollout in rewards[:attempts] for g in rollout for r in g])
 
 
+def sampling(rewards, asked, **algorithm):
+    """A configuration of two prompts a step, and what answers with groups of the `rewards` of each attempt."""
+    def ask(attempt):
+        asked.append(attempt)
+        groups = [group(2 * attempt + i, r) for i, r in enumerate(rewards[attempt])]
+        return groups, CollectStatistics(1, 1, 10, 0, 0, 2.0, 0.5)
+
+    return RunConfig(name="n", steps=1, model={"path": "m"}, rollout={"prompts_per_step": 2},
+                     algorithm=algorithm, learner={"updates_per_step": 1}), ask
+
+
 def test_without_dynamic_sampling_every_group_is_kept():
-    groups, others, _ = roll_out(FakeRun([[EQUAL, MIXED]], 2, name="grpo"), 1)
+    groups, others, _ = roll_out(*sampling([[EQUAL, MIXED]], [], name="grpo"))
     assert [g.group_id for g in groups] == ["0", "1"] and not others

@@ -14,8 +14,16 @@ COMMON = {
     "initializer_range": 0.1, "tie_word_embeddings": False,
     "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
 }
+LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64}
+"""Of a head's eight frequencies it leaves one, blends two and slows five down."""
 MOE = {"moe_intermediate_size": 16, "num_experts_per_tok": 2}
 TINY: dict[str, dict[str, Any]] = {
+    "llama": COMMON | {"rope_parameters": LLAMA3},
+    "mistral": COMMON | {"sliding_window": None},
+    "mixtral": COMMON | {"num_local_experts": 8, "num_experts_per_tok": 2},
+    "qwen2": {name: value for name, value in COMMON.items() if name != "head_dim"},
     "qwen3": COMMON,
     "qwen3_moe": COMMON | MOE | {"num_experts": 8, "norm_topk_prob": True, "mlp_only_layers": [2]},
     "glm4_moe": COMMON | MOE | {

@@ -10,8 +10,7 @@ import pkgutil
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from launcher.schema import did_you_mean
-from megatron_pbsd.errors import UsageError
+from megatron_pbsd.errors import UsageError, did_you_mean
 
 
 def load_bench(name: str) -> Callable[[Sequence[str]], dict[str, Any]]:

@@ -30,11 +30,15 @@ from megatron_pbsd.learner.cost import Cost
 from megatron_pbsd.learner.packed import first_fit
 from megatron_pbsd.learner.padded import cut
 from megatron_pbsd.learner.partition import Groups, dealt, differencing
+from megatron_pbsd.models.decoder import Decoder, Experts
 
-MODEL = {
-    "hidden_size": 2048, "num_hidden_layers": 48, "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128,
-    "vocab_size": 151936, "intermediate_size": 6144, "moe_intermediate_size": 768, "num_experts": 128,
-    "num_experts_per_tok": 8}
+MODEL = Decoder(
+    vocab_size=151936, hidden_size=2048, intermediate_size=6144, num_hidden_layers=48, num_attention_heads=32,
+    num_key_value_heads=4, head_dim=128, max_position_embeddings=40960, rms_norm_eps=1e-6, initializer_range=0.02,
+    attention_dropout=0.0, tie_word_embeddings=False, rope_theta=1e6, qk_norm=True,
+    experts=Experts(layers=(True,) * 48, num_experts=128, num_experts_per_tok=8, moe_intermediate_size=768,
+                    scores="softmax", norm_topk_prob=True))
+"""Qwen3-30B-A3B."""
 RANKS, SEEDS, SEQUENCES_PER_RANK, GROUP = (8, 32, 64, 256), 3, 32, 8
 
 Lengths = Callable[[np.random.Generator, int], np.ndarray]
@@ -106,18 +110,18 @@ def compare(lengths: np.ndarray, ranks: int, budget: int, cost: Cost, padded: bo
     return results
 
 
-def run(overrides: Sequence[str] = ()) -> dict[str, Any]:
+def run(overrides: Sequence[str] = (), *, ranks: Sequence[int] = RANKS, seeds: int = SEEDS) -> dict[str, Any]:
     """Rows as described above; `balance_over_bound` and `padding_waste` are their means for ours, packed and padded."""
     if overrides:
         raise UsageError(f"the bench 'balance' reads no configuration, so {overrides[0]} means nothing to it")
     cost, rows = Cost.of(MODEL), []
     for name, (lengths_of, budget) in DISTRIBUTIONS.items():
-        for ranks in RANKS:
-            batches = [np.sort(lengths_of(np.random.default_rng(seed), ranks * SEQUENCES_PER_RANK))[::-1]
-                       for seed in range(SEEDS)]
+        for size in ranks:
+            batches = [np.sort(lengths_of(np.random.default_rng(seed), size * SEQUENCES_PER_RANK))[::-1]
+                       for seed in range(seeds)]
             for batching in ("packed", "padded"):
-                results = [compare(lengths, ranks, budget, cost, batching == "padded") for lengths in batches]
-                rows += [{"lengths": name, "batching": batching, "dp": ranks, "method": method,
+                results = [compare(lengths, size, budget, cost, batching == "padded") for lengths in batches]
+                rows += [{"lengths": name, "batching": batching, "dp": size, "method": method,
                           **{key: round(fmean(result[method][key] for result in results), 4) for key in numbers}}
                          for method, numbers in results[0].items()]
     ours = {batching: [row for row in rows if row["method"] == "ours" and row["batching"] == batching]

@@ -24,4 +24,5 @@ ALGORITHMS = {
 
 
 def build_algorithm(config: PolicyGradientConfig) -> Algorithm:
+    """The algorithm that `config.name` selects."""
     return ALGORITHMS[config.name](config)

@@ -27,7 +27,7 @@ class Distill(Algorithm):
         config, advantages, gaps = self.config, [], []
         relative = group_relative(rewards_of(outcomes), groups_of(outcomes), config.normalise_std)
         for outcome, advantage in zip(outcomes, relative, strict=True):
-            gap = outcome.student.astype(np.float64) - outcome.teacher
+            gap = outcome.given("student") - outcome.given("teacher")
             taught = ~outcome.answer_mask if config.exclude_answer_span else np.ones(outcome.tokens, bool)
             gaps.append(gap[taught])
             credit = config.outcome_weight * advantage - config.coefficient * np.where(taught, gap, 0.0)

@@ -39,11 +39,8 @@ class Evidence:
 
 def turn_evidence(outcome: Outcome, exclude_answer_span: bool) -> Evidence:
     """Evidence of each turn of one trajectory. A turn without scored tokens has evidence 0 and n_k = 0."""
-    if outcome.student is None or outcome.teacher is None:
-        raise ValueError("turn evidence needs the log-probs of student and teacher; the algorithm must list them in "
-                         "`needs`")
     scored = ~outcome.answer_mask if exclude_answer_span else np.ones(len(outcome.turn_index), bool)
-    delta = (outcome.teacher.astype(np.float64) - outcome.student)[scored]
+    delta = (outcome.given("teacher") - outcome.given("student"))[scored]
     turn = outcome.turn_index[scored]
     return Evidence(
         turns=np.bincount(turn, weights=delta, minlength=outcome.turns),

@@ -27,12 +27,11 @@ class PPO(Algorithm):
     def assign(self, outcomes: Sequence[Outcome]) -> Credit:
         config, advantages, returns = self.config, [], []
         for outcome, reward in zip(outcomes, rewards_of(outcomes), strict=True):
-            if outcome.values is None:
-                raise ValueError("PPO needs the value head's estimates")
+            values = outcome.given("values")
             rewards = token_rewards(outcome, reward, config.kl_penalty)
-            advantage = generalised_advantages(rewards, outcome.values, config.gamma, config.gae_lambda)
+            advantage = generalised_advantages(rewards, values, config.gamma, config.gae_lambda)
             advantages.append(advantage)
-            returns.append(advantage + outcome.values)
+            returns.append(advantage + values)
         if config.whiten:
             advantages = batch_normalised(advantages)
         return Credit([a.astype(np.float32) for a in advantages],
@@ -46,7 +45,6 @@ def generalised_advantages(rewards: np.ndarray, values: np.ndarray, gamma: float
 
     rewards, values, result: float64 [n].
     """
-    values = values.astype(np.float64)
     deltas = rewards + gamma * np.append(values[1:], 0.0) - values if len(values) else np.zeros(0)
     decay = gamma * gae_lambda
     return np.array(list(accumulate(deltas[::-1].tolist(), lambda later, delta: delta + decay * later)))[::-1]

@@ -36,6 +36,12 @@ class Outcome:
     reference: np.ndarray | None = None
     values: np.ndarray | None = None
 
+    def given(self, need: Need) -> np.ndarray:
+        """float64 [n]. ValueError when the algorithm did not list it in its `needs`."""
+        if (values := getattr(self, need)) is None:
+            raise ValueError(f"the outcome has no {need!r}; the algorithm must list it in `needs`")
+        return values.astype(np.float64)
+
     @property
     def tokens(self) -> int:
         return len(self.turn_index)

@@ -19,6 +19,7 @@ def overlong_penalty(tokens: int, longest: int, cache: int) -> float:
 
 
 def kl_needs(kl_penalty: float) -> frozenset[Need]:
+    """What `token_rewards` reads of an outcome."""
     return frozenset({"student", "reference"} if kl_penalty else ())
 
 
@@ -38,7 +39,5 @@ def kl_metrics(outcomes: Sequence[Outcome], kl_penalty: float) -> dict[str, floa
 
 
 def log_ratio(outcome: Outcome) -> np.ndarray:
-    if outcome.student is None or outcome.reference is None:
-        raise ValueError("a KL penalty needs the log-probs of student and reference; the algorithm must list them "
-                         "in `needs`")
-    return outcome.student.astype(np.float64) - outcome.reference
+    """log pi_old - log pi_reference of generated tokens (nats), float64 [n]."""
+    return outcome.given("student") - outcome.given("reference")

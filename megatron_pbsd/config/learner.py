@@ -35,10 +35,12 @@ class ParallelConfig(Section):
 
     @property
     def dp(self) -> int:
+        """Data-parallel size."""
         return self.world_size // (self.tp * self.pp * self.cp)
 
     @property
     def expert_dp(self) -> int:
+        """Ranks that hold the same part of the same experts."""
         return self.world_size // (self.etp * self.ep * self.pp)
 
     @model_validator(mode="after")

@@ -121,4 +121,3 @@ def measure(
         costs=np.array([[over(costs, part) for part in rank] for rank in micro_batches], dtype=np.float64),
         tokens=int(sum(lengths)),
         bound=max(float(costs.sum()) / len(micro_batches), float(costs.max())))
-

@@ -54,10 +54,10 @@ def plan_blocks(lengths: Sequence[int], ranks: int, tokens: int, cost: Cost, sha
     shape:    of a micro-batch on one rank, packed.
 
     A sequence takes the least ranks that can hold it, so that a block of several ranks holds one: it needs more than
-    half of the room. Block sizes descend; each sequence, the longest first, goes to
-    the block of its size with the least work so far (list scheduling, Graham 1966), so that the makespan is at most
-    the mean cost of a rank plus the largest cost that one sequence is to one rank. The same lengths in another order
-    give the same plan up to their names, and every rank may plan for itself.
+    half of the room. Block sizes descend; each sequence, the longest first, goes to the block of its size with the
+    least work so far (list scheduling, Graham 1966), so that the makespan is at most the mean cost of a rank plus the
+    largest cost that one sequence is to one rank. The same lengths in another order give the same plan up to their
+    names, and every rank may plan for itself.
 
     LearnerError when there is no sequence, or one is too long for all ranks together.
     """

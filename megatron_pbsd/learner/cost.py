@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
+
+from megatron_pbsd.models.decoder import Decoder
 
 Positions = TypeVar("Positions", float, np.ndarray)
 
@@ -27,9 +28,8 @@ class Cost:
         return self.linear * positions + self.quadratic * positions * positions
 
     @classmethod
-    def of(cls, hf: Mapping[str, Any], predicted: float = 1.0) -> Cost:
-        """From a Hugging Face config: decoders with (grouped-query) causal attention over the whole sequence and gated
-        MLPs, dense or with experts. KeyError naming the field that is missing.
+    def of(cls, decoder: Decoder, predicted: float = 1.0) -> Cost:
+        """Of a decoder with causal attention over the whole sequence.
 
         predicted: share of positions whose logits are computed, between 0 and 1.
 
@@ -38,29 +38,17 @@ class Cost:
         product with the values take 4 * heads * head_dim * T^2 per layer forward (Megatron-LM, arXiv 2104.04473,
         appendix), half of it under a causal mask, and three times that with the backward pass.
         """
-        hidden, layers, heads = hf["hidden_size"], hf["num_hidden_layers"], hf["num_attention_heads"]
-        head = hf.get("head_dim") or hidden // heads
-        attention = 2 * hidden * head * (heads + (hf.get("num_key_value_heads") or heads))
-        weights = sum(attention + _mlp_weights(hf, layer) for layer in range(layers))
-        return cls(linear=6.0 * (weights + predicted * hidden * hf["vocab_size"]),
+        layers, heads, head = decoder.num_hidden_layers, decoder.num_attention_heads, decoder.head_dim
+        attention = 2 * decoder.hidden_size * head * (heads + decoder.num_key_value_heads)
+        weights = sum(attention + _mlp_weights(decoder, layer) for layer in range(layers))
+        return cls(linear=6.0 * (weights + predicted * decoder.hidden_size * decoder.vocab_size),
                    quadratic=6.0 * layers * heads * head)
 
 
-def _mlp_weights(hf: Mapping[str, Any], layer: int) -> int:
+def _mlp_weights(decoder: Decoder, layer: int) -> int:
     """Weights of a layer's MLP that a token meets: gate, up and down projection, in the experts it is routed to."""
-    hidden = hf["hidden_size"]
-    experts = next((hf[name] for name in ("num_experts", "num_local_experts", "n_routed_experts") if hf.get(name)), 0)
-    if not experts or _is_dense(hf, layer):
-        return 3 * hidden * hf["intermediate_size"]
-    inner = hf.get("moe_intermediate_size") or hf["intermediate_size"]
-    gated_shared = hf.get("shared_expert_intermediate_size") or 0
-    shared = gated_shared or inner * (hf.get("n_shared_experts") or 0)
-    router = hidden * (experts + bool(gated_shared))
-    return router + 3 * hidden * (inner * hf["num_experts_per_tok"] + shared)
-
-
-def _is_dense(hf: Mapping[str, Any], layer: int) -> bool:
-    """Whether a layer of a mixture-of-experts model has none (Qwen-MoE's and DeepSeek's fields)."""
-    return (layer in (hf.get("mlp_only_layers") or ())
-            or (layer + 1) % (hf.get("decoder_sparse_step") or 1) != 0
-            or layer < (hf.get("first_k_dense_replace") or 0))
+    hidden, experts = decoder.hidden_size, decoder.experts
+    if experts is None or not decoder.has_experts(layer):
+        return 3 * hidden * decoder.intermediate_size
+    inner = experts.num_experts_per_tok * experts.moe_intermediate_size + (experts.shared_intermediate_size or 0)
+    return hidden * (experts.num_experts + 3 * inner)

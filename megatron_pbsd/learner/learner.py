@@ -38,7 +38,7 @@ from megatron_pbsd.models import family
 from megatron_pbsd.models.decoder import kept_in_float32
 from megatron_pbsd.models.hf_config import read
 from megatron_pbsd.models.transformer_engine import parameter_names
-from megatron_pbsd.platform import Platform, select
+from megatron_pbsd.platform import select
 from megatron_pbsd.resharding.manifest import WeightsManifest
 
 WEIGHTS_AND_STATE = tuple(name for name in CATEGORIES if name != "gradients")
@@ -64,15 +64,14 @@ class Learner:
         loss: Loss,
         seed: int,
         total_steps: int,
-        platform: Platform | None = None,
     ):
         self.rank, self.config, self.loss = rank, config, loss
-        self.platform = platform or select()
+        self.platform = select()
         self.device = self.platform.device(rank)
         hf = read(model.path)
         self._family = family(hf)
         self._shapes = self._family.hf_tensors(hf)
-        self._cost = Cost.of(hf)
+        self._cost = Cost.of(self._family.decoder(hf))
         self.platform.prepare(rank)
         self._watchdog = Watchdog.join(rank, config.parallel.world_size, rendezvous, config.deadline_s)
         with self.platform.running(), self._watchdog.phase("build"):

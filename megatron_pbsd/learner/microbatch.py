@@ -132,7 +132,7 @@ def build(batch: Batch, sequences: Sequence[int], fields: Mapping[str, Sequence[
         sequence=chosen,
         rows=rows,
         columns=columns,
-        fields={name: _picked(values, rows, columns, name) for name, values in fields.items()},
+        fields={name: _picked(values, rows, columns) for name, values in fields.items()},
         # The first token of a sequence is never predicted.
         trained=sum(int(np.count_nonzero(batch["loss_mask"][i][1:])) if "loss_mask" in batch else len(tokens[i]) - 1
                     for i in sequences),
@@ -150,7 +150,7 @@ def _experts(batch: Batch, sequences: Sequence[int], sequence: np.ndarray, posit
     return np.swapaxes(prescribed, 0, 1)
 
 
-def _picked(values: Sequence[np.ndarray], rows: np.ndarray, columns: np.ndarray, name: str) -> np.ndarray:
+def _picked(values: Sequence[np.ndarray], rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
     """values[row][column] for each pair."""
     extra, dtype = values[0].shape[1:], values[0].dtype
     picked = np.empty((len(rows), *extra), dtype)

@@ -51,9 +51,10 @@ class PolicyModel(GPTModel):
     would be the larger part of the work.
     """
 
-    def __init__(self, *args: Any, logits_tokens: int, value_head: bool, **kwargs: Any):
+    def __init__(self, *args: Any, logits_tokens: int, tokens: int, value_head: bool, **kwargs: Any):
+        """tokens: size of the vocabulary without the padding that `vocab_size` includes."""
         super().__init__(*args, **kwargs)
-        self.logits_tokens = logits_tokens
+        self.logits_tokens, self.tokens = logits_tokens, tokens
         if self.post_process and value_head:
             self.value_head = torch.nn.Linear(self.config.hidden_size, 1, dtype=self.config.params_dtype)
             torch.nn.init.zeros_(self.value_head.weight)
@@ -87,10 +88,12 @@ class PolicyModel(GPTModel):
         weight = (self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights
                   else self.output_layer.weight)
         if query.top:
-            ids, log_probs = top_tokens(hidden, weight, query.top, group, rows=self.logits_tokens)
+            ids, log_probs = top_tokens(
+                hidden, weight, query.top, group, rows=self.logits_tokens, vocabulary=self.tokens)
             return torch.cat([log_probs.T, ids.T.float()])
         found = token_statistics(
-            hidden, weight, query.targets, group, rows=self.logits_tokens, candidates=query.candidates)
+            hidden, weight, query.targets, group, rows=self.logits_tokens, vocabulary=self.tokens,
+            candidates=query.candidates)
         rows = [found.log_probs[None], found.entropy[None]]
         if query.values:
             rows.append(self.value_head(hidden).float().T)
@@ -126,6 +129,7 @@ def transformer_config(
         **fields,
         tensor_model_parallel_size=parallel.tp,
         pipeline_model_parallel_size=parallel.pp,
+        pipeline_model_parallel_layout=family.pipeline_layout(hf, parallel),
         context_parallel_size=parallel.cp,
         sequence_parallel=divides_sequences(parallel, experts, platform),
         params_dtype=dtype,
@@ -164,9 +168,12 @@ def build_model(
             pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
             post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),
             logits_tokens=settings.logits_tokens,
+            tokens=hf["vocab_size"],
             value_head=value_head,
             vp_stage=stage,
-            **family.gpt_model(hf)))
+            **family.gpt_model(hf, settings.parallel)))
+        # Core has Llama 3's scaling for one choice of its constants only.
+        chunks[-1].rotary_pos_emb.inv_freq = family.inverse_frequencies(hf)
         for name, parameter in chunks[-1].named_parameters():
             if ".mlp.experts." in name:
                 # Core takes experts for ordinary parameters when expert parallelism is 1. With etp < tp, ranks that

@@ -14,7 +14,7 @@ import numpy as np
 
 from megatron_pbsd.learner.partition import Groups, dealt, differencing, largest_sum, levelled, longest_first, refine
 
-LEVELS = tuple(step / 10 for step in range(11))
+LEVELS = np.arange(11) / 10
 # Trying a level takes far longer where a sequence may go to any rank.
 FEW_LEVELS = (0.0, 0.5, 0.8)
 
@@ -59,37 +59,39 @@ def _ranks_first(
     highest = float(own_costs.sum(axis=1).max())
     count = -(-int(own_widths.sum(axis=1).max()) // (budget * multiple)) * multiple
     while True:
-        tried = [_fill_rows(own_widths, own_costs, budget, count, level * highest / count) for level in LEVELS]
-        columns, height = min(tried, key=lambda option: option[1])
-        if np.isfinite(height):
+        columns, heights = _fill_rows(own_widths, own_costs, budget, count, LEVELS * highest / count)
+        best = int(np.argmin(heights))
+        if np.isfinite(heights[best]):
             break
         count += multiple
     return [[row[(row >= 0) & (column == j)].tolist() for j in range(count)]
-            for row, column in zip(members, columns, strict=True)], height
+            for row, column in zip(members, columns[best], strict=True)], float(heights[best])
 
 
-def _fill_rows(widths: np.ndarray, costs: np.ndarray, budget: int, count: int, level: float
-               ) -> tuple[np.ndarray, float]:
-    """Column of each sequence, and the sum of heights, infinite when some sequence finds no room.
+def _fill_rows(widths: np.ndarray, costs: np.ndarray, budget: int, count: int, levels: np.ndarray
+               ) -> tuple[np.ndarray, np.ndarray]:
+    """For each level the column of each sequence, int64 [levels, ranks, n], and the sum of heights, [levels], infinite
+    when some sequence finds no room.
 
-    widths, costs: [ranks, n], each rank's own sequences in descending order, then zeros. All ranks place their k-th
-    sequence at the same time.
+    widths, costs: [ranks, n], each rank's own sequences in descending order, then zeros. All ranks, at all levels,
+    place their k-th sequence at the same time.
     """
-    ranks = np.arange(len(widths))
-    room = np.full((len(widths), count), budget)
-    load = np.zeros((len(widths), count))
-    heights = np.full(count, level)
-    columns = np.empty_like(widths)
+    room = np.full((len(levels), len(widths), count), budget)
+    load = np.zeros(room.shape)
+    heights = np.repeat(levels[:, None, None], count, axis=2)
+    columns = np.empty((len(levels), *widths.shape), np.int64)
+    lost = np.zeros(len(levels), bool)
+    each_level, each_rank = np.ogrid[: len(levels), : len(widths)]
     for k in range(widths.shape[1]):
         above = np.where(room >= widths[:, k, None], load - heights, np.inf)
-        column = np.argmin(above, axis=1)
-        if np.isinf(above[ranks, column]).any():
-            return columns, np.inf
-        columns[:, k] = column
-        room[ranks, column] -= widths[:, k]
-        load[ranks, column] += costs[:, k]
-        heights = np.maximum(heights, load.max(axis=0))
-    return columns, float(load.max(axis=0).sum())
+        column = np.argmin(above, axis=2)
+        place = each_level, each_rank, column
+        lost |= np.isinf(above[place]).any(axis=1)
+        columns[:, :, k] = column
+        room[place] -= widths[:, k]
+        load[place] += costs[:, k]
+        np.maximum(heights, load.max(axis=1, keepdims=True), out=heights)
+    return columns, np.where(lost, np.inf, load.max(axis=1).sum(axis=1))
 
 
 def _columns_first(

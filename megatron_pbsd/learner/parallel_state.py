@@ -64,5 +64,6 @@ def context_group(cp: int) -> dist.ProcessGroup:
 
 
 def disconnect() -> None:
+    """Inverse of `connect`."""
     parallel_state.destroy_model_parallel()
     dist.destroy_process_group()

@@ -20,6 +20,7 @@ TOLERANCE = 1e-4
 
 
 def largest_sum(values: np.ndarray, groups: Groups) -> float:
+    """What partitioning makes as small as possible."""
     return max(float(values[group].sum()) for group in groups)
 
 

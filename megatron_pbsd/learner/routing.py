@@ -100,6 +100,7 @@ class Router(TopKRouter):
         self.moe_layer = moe_layers(self.config).index(layer_number - 1)
 
     def reset_statistics(self) -> None:
+        """An optimizer step begins."""
         self.statistics = RouterStatistics(np.zeros(self.config.num_moe_experts))
 
     def forward(self, input: torch.Tensor, padding_mask: torch.Tensor | None = None):
@@ -171,4 +172,5 @@ def forget_last(chunks: Iterable[torch.nn.Module]) -> None:
 
 
 def routers(chunks: Iterable[torch.nn.Module]) -> list[Router]:
+    """Of all mixture-of-experts layers of these model chunks, in the order of the model."""
     return [module for chunk in chunks for module in chunk.modules() if isinstance(module, Router)]

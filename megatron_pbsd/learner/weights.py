@@ -55,10 +55,12 @@ class Weights:
             raise ModelError("the parameter map does not fit the model: " + "; ".join(problems))
 
     def fill(self, source: Source) -> None:
-        """Set every parameter."""
+        """Set every parameter; padding is 0."""
         with torch.no_grad():
             for tensor, piece in self._parts:
                 tensor[piece.local_index].copy_(source(piece.hf_name, piece.hf_index))
+                end = piece.local_index[0].stop
+                tensor[end : end + piece.padding].zero_()
 
     def publish(self, manifest: WeightsManifest) -> None:
         """Write this rank's primary pieces into the manifest's segment; over all ranks each byte is written once.

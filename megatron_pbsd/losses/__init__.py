@@ -9,7 +9,7 @@ from megatron_pbsd.losses.custom import CustomLoss, register_loss
 from megatron_pbsd.losses.distillation import jsd_loss, reverse_kl_loss
 from megatron_pbsd.losses.errors import LossError
 from megatron_pbsd.losses.inputs import Constant, Loss, LossInputs, LossOutput, Reduction
-from megatron_pbsd.losses.on_policy import on_policy as without_old_log_probs
+from megatron_pbsd.losses.on_policy import without_old_log_probs
 from megatron_pbsd.losses.pbsd import redistributed
 from megatron_pbsd.losses.policy import build_policy_loss
 from megatron_pbsd.losses.reduction import token_weights

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib.util
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -11,11 +10,12 @@ from pathlib import Path
 from typing import Any, get_args
 
 from megatron_pbsd.batch import SCHEMA
+from megatron_pbsd.errors import did_you_mean
 from megatron_pbsd.losses.errors import LossError
-from megatron_pbsd.losses.inputs import Constant, LossInputs, LossOutput, Output, Reduction
+from megatron_pbsd.losses.inputs import Constant, LossInputs, LossOutput, Mean, Output, Reduction
 
 UserFunction = Callable[[LossInputs, dict[str, Any]], LossOutput]
-REDUCTIONS = ("token", "turn", "trajectory", "group", "constant")
+REDUCTIONS = (*get_args(Mean), "constant")
 MARK = "__registered_loss__"
 
 
@@ -138,6 +138,4 @@ def _known(loss: str, kind: str, value: str, choices: Sequence[str] | Mapping[st
 
 
 def _nearest(value: str, choices: Sequence[str] | Mapping[str, Any]) -> str:
-    if near := difflib.get_close_matches(value, list(choices), 1):
-        return f"; did you mean {near[0]!r}?"
-    return f"; there are: {', '.join(map(repr, choices))}" if choices else ""
+    return did_you_mean(value, choices) or (f"; there are: {', '.join(map(repr, choices))}" if choices else "")

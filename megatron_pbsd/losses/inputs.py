@@ -18,7 +18,8 @@ class Constant:
     tokens: int
 
 
-Reduction = Literal["token", "turn", "trajectory", "group"] | Constant
+Mean = Literal["token", "turn", "trajectory", "group"]
+Reduction = Mean | Constant
 Output = Literal["values", "candidates"]
 
 

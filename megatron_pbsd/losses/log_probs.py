@@ -42,6 +42,7 @@ def token_statistics(
     group: dist.ProcessGroup,
     *,
     rows: int,
+    vocabulary: int | None = None,
     candidates: torch.Tensor | None = None,
 ) -> TokenStatistics:
     """Log-probability of targets and candidates and the entropy under softmax(hidden @ weight.T).
@@ -50,47 +51,52 @@ def token_statistics(
     run the same collectives: two in the forward pass, one per chunk in the backward pass.
 
     hidden:      [N, H], the same on all ranks of the group.
-    weight:      [V / tp, H], this rank's share of the output layer; the dtype of `hidden`.
+    weight:      [ceil(V / tp), H], this rank's share of the output layer; the dtype of `hidden`.
     targets:     int64 [N] ids in the whole vocabulary.
     group:       the tensor-parallel group, ranks in the order of their vocabulary shares.
     rows:        positions whose logits exist at a time. Up to so many are kept for the backward pass, which computes
                  the logits again if N is larger.
+    vocabulary:  V. Rows of the output layer beyond it are padding: they have no logits, and their gradient is 0. At
+                 least one row of each rank is none. None: there is no padding.
     candidates:  int64 [N, K] further ids, which may repeat each other and the target.
     """
     ids = targets[:, None] if candidates is None else torch.cat([targets[:, None], candidates], -1)
-    log_probs, entropy = _Statistics.apply(hidden, weight, ids, group, rows)
+    log_probs, entropy = _Statistics.apply(hidden, weight, ids, group, rows, _tokens(weight, group, vocabulary))
     return TokenStatistics(log_probs[:, 0], entropy, None if candidates is None else log_probs[:, 1:])
 
 
 @torch.no_grad()
 def top_tokens(
-    hidden: torch.Tensor, weight: torch.Tensor, k: int, group: dist.ProcessGroup, *, rows: int
+    hidden: torch.Tensor, weight: torch.Tensor, k: int, group: dist.ProcessGroup, *, rows: int,
+    vocabulary: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The 1 ≤ k ≤ V most probable tokens of each position: ids int64 [N, k] and log-probabilities float32 [N, k].
 
     The most probable first, the smaller id first among equals. Arguments as of `token_statistics`; one collective.
     """
-    share = len(weight)
-    ids = group.rank() * share + torch.arange(share, device=hidden.device)
-    # Columns: this rank's sum of exp(logit - its largest logit), and its best tokens.
-    best = torch.empty(len(hidden), 1 + min(k, share), dtype=torch.int64, device=hidden.device)
+    share, tokens = len(weight), _tokens(weight, group, vocabulary)
+    ids = group.rank() * share + torch.arange(tokens, device=hidden.device)
+    weight, found = weight[:tokens], min(k, tokens)
+    # Columns: this rank's sum of exp(logit - its largest logit), and its best tokens; what it lacks of k comes last.
+    last = torch.iinfo(torch.int64).min
+    best = torch.full((len(hidden), 1 + min(k, share)), last, dtype=torch.int64, device=hidden.device)
     logits = _buffer(hidden, weight, rows)
     for chunk in _spans(len(hidden), rows):
         z = _matmul(hidden[chunk], weight.T, logits[:len(hidden[chunk])])
         for tile in _tiles(z):
             total = (z[tile] - z[tile].amax(-1, keepdim=True)).exp_().sum(-1)
             best[chunk][tile, 0] = _sort_key(total, 0)
-            best[chunk][tile, 1:] = _sort_key(z[tile], ids).topk(min(k, share)).values
+            best[chunk][tile, 1 : 1 + found] = _sort_key(z[tile], ids).topk(found).values
     shares = [best]
     if group.size() > 1:
         shares = [torch.empty_like(best) for _ in range(group.size())]
         dist.all_gather(shares, best, group=group)
-    values, tokens = _from_sort_key(torch.cat([share[:, 1:] for share in shares], -1).topk(k).values)
+    values, likeliest = _from_sort_key(torch.cat([share[:, 1:] for share in shares], -1).topk(k).values)
     # Each [N, tp], and of the whole vocabulary [N, 1].
     (totals, highest), _ = _from_sort_key(torch.stack([share[:, :2].T for share in shares], -1))
     top = values[:, :1]
     total = (totals * (highest - top).exp()).sum(-1, keepdim=True)
-    return tokens, values - top - total.log()
+    return likeliest, values - top - total.log()
 
 
 class _Statistics(torch.autograd.Function):
@@ -101,11 +107,12 @@ class _Statistics(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, ids, group, rows):
-        count, share = len(hidden), len(weight)
-        columns = ids - group.rank() * share
-        held = (columns >= 0) & (columns < share)
+    def forward(ctx, hidden, weight, ids, group, rows, tokens):
+        count = len(hidden)
+        columns = ids - group.rank() * len(weight)
+        held = (columns >= 0) & (columns < tokens)
         columns = torch.where(held, columns, 0)
+        padded, weight = weight, weight[:tokens]
 
         # Columns: Z, sum of E z, logit of each id; E and z relative to the maximum of this rank until ranks are joined.
         sums = hidden.new_empty(count, 2 + ids.shape[1], dtype=torch.float32)
@@ -126,15 +133,16 @@ class _Statistics(torch.autograd.Function):
         log_probs = chosen - highest[:, None] - total.log()[:, None]
 
         kept = logits if count <= rows else None
-        ctx.save_for_backward(hidden, weight, columns, held, highest, total, entropy, kept)
+        ctx.save_for_backward(hidden, padded, columns, held, highest, total, entropy, kept)
         ctx.set_materialize_grads(False)
-        ctx.group, ctx.rows = group, rows
+        ctx.group, ctx.rows, ctx.tokens = group, rows, tokens
         return log_probs, entropy
 
     @staticmethod
     @once_differentiable
     def backward(ctx, log_probs_grad, entropy_grad):
-        hidden, weight, columns, held, highest, total, entropy, kept = ctx.saved_tensors
+        hidden, padded, columns, held, highest, total, entropy, kept = ctx.saved_tensors
+        weight = padded[: ctx.tokens]
         if log_probs_grad is None:
             log_probs_grad = hidden.new_zeros(held.shape, dtype=torch.float32)
         # The gradient is E (slope z + offset), plus that of the logits of the ids themselves.
@@ -145,7 +153,7 @@ class _Statistics(torch.autograd.Function):
 
         wants_hidden, wants_weight, *_ = ctx.needs_input_grad
         grad_hidden = hidden.new_empty(hidden.shape) if wants_hidden else None
-        grad_weight = weight.new_zeros(weight.shape, dtype=torch.float32) if wants_weight else None
+        grad_weight = padded.new_zeros(padded.shape, dtype=torch.float32) if wants_weight else None
         logits, pending = _buffer(hidden, weight, ctx.rows) if kept is None else kept, []
         for chunk in _spans(len(hidden), ctx.rows):
             z = logits[:len(hidden[chunk])]
@@ -160,10 +168,16 @@ class _Statistics(torch.autograd.Function):
                     # Summed while the gradient of the weight is computed.
                     pending.append(dist.all_reduce(grad_hidden[chunk], group=ctx.group, async_op=True))
             if wants_weight:
-                _matmul(grad.T, hidden[chunk], grad_weight, beta=1)
+                _matmul(grad.T, hidden[chunk], grad_weight[: ctx.tokens], beta=1)
         for work in pending:
             work.wait()
-        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None
+        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None, None
+
+
+def _tokens(weight: torch.Tensor, group: dist.ProcessGroup, vocabulary: int | None) -> int:
+    """Rows of this rank's share that stand for a token."""
+    share = len(weight)
+    return share if vocabulary is None else min(share, vocabulary - group.rank() * share)
 
 
 def _join(

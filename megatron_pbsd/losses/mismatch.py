@@ -34,6 +34,7 @@ class Correction:
     masked: torch.Tensor
 
     def sums(self) -> dict[str, torch.Tensor]:
+        """For metrics, over the tokens; `with_sample_size` turns their means into what is reported."""
         return {
             "loss/mismatch_weight": self.weights.sum(),
             SQUARED: (self.weights**2).sum(),

@@ -17,7 +17,7 @@ class _OnPolicy:
         return self.function(replace(inputs, fields={**inputs.fields, **old}))
 
 
-def on_policy(loss: Loss) -> Loss:
+def without_old_log_probs(loss: Loss) -> Loss:
     """The same loss without the field `old_log_probs`: it is given log_probs without their gradient instead, so that
     the ratio to them is 1 and has the gradient of log_probs."""
     if "old_log_probs" not in loss.fields:

@@ -13,6 +13,7 @@ from megatron_pbsd.losses.inputs import Loss, LossInputs, LossOutput, Output, Re
 
 
 def build_policy_loss(config: PolicyLossConfig, reduction: Reduction) -> Loss:
+    """`policy_loss`, with the batch fields and model outputs that it reads as configured."""
     fields: tuple[str, ...] = ("advantages", "old_log_probs", "rollout_log_probs")
     outputs: tuple[Output, ...] = ()
     if config.kl_reference == "reference":
@@ -106,9 +107,9 @@ def distances(inputs: LossInputs, config: PolicyLossConfig) -> dict[str, torch.T
 @torch.no_grad()
 def maxima(inputs: LossInputs, ratio: torch.Tensor) -> dict[str, torch.Tensor]:
     """0 for an empty micro-batch: every quantity reported this way is non-negative."""
-    mismatch_ = (inputs["old_log_probs"] - inputs["rollout_log_probs"]).abs()
+    difference = (inputs["old_log_probs"] - inputs["rollout_log_probs"]).abs()
     return {name: values.max() if values.numel() else values.new_zeros(()) for name, values in {
-        "loss/ratio_max": ratio.detach(), "loss/mismatch_max_abs": mismatch_}.items()}
+        "loss/ratio_max": ratio.detach(), "loss/mismatch_max_abs": difference}.items()}
 
 
 def summary(metrics: dict[str, float], config: PolicyLossConfig) -> dict[str, float]:

@@ -9,6 +9,7 @@ from megatron_pbsd.losses.inputs import LossInputs
 
 FIELDS = ("values", "returns")
 OUTPUTS = ("values",)
+ERROR, RETURNS, SQUARED = "loss/value_error", "loss/returns", "loss/returns_squared"
 
 
 def value_loss(inputs: LossInputs, config: ValueLossConfig) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -35,9 +36,6 @@ def value_loss(inputs: LossInputs, config: ValueLossConfig) -> tuple[torch.Tenso
         SQUARED: (returns**2).sum(),
     }
     return 0.5 * worst, {name: value.detach() for name, value in sums.items()}
-
-
-ERROR, RETURNS, SQUARED = "loss/value_error", "loss/returns", "loss/returns_squared"
 
 
 def with_explained_variance(metrics: dict[str, float]) -> dict[str, float]:

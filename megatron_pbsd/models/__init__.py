@@ -7,13 +7,17 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_pbsd.config import ParallelConfig
-from megatron_pbsd.models import glm4_moe, qwen3, qwen3_moe
+from megatron_pbsd.models import glm4_moe, llama, mistral, mixtral, qwen2, qwen3, qwen3_moe
 from megatron_pbsd.models.errors import ModelError
 from megatron_pbsd.models.family import Family
 
 __all__ = ["Family", "ModelError", "family", "layout_problems"]
 
 FAMILIES: Mapping[str, Family] = {
+    "llama": Family(llama.check_fields, llama.decoder),
+    "mistral": Family(mistral.check_fields, mistral.decoder),
+    "mixtral": Family(mixtral.check_fields, mixtral.decoder),
+    "qwen2": Family(qwen2.check_fields, qwen2.decoder),
     "qwen3": Family(qwen3.check_fields, qwen3.decoder),
     "qwen3_moe": Family(qwen3_moe.check_fields, qwen3_moe.decoder),
     "glm4_moe": Family(glm4_moe.check_fields, glm4_moe.decoder),

@@ -9,6 +9,36 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
+class RopeScaling:
+    """Rotary frequencies for contexts longer than those a model was first trained on; fields by their usual names.
+
+    factor:  by how much the slowest rotations are slowed down.
+    """
+
+    factor: float
+    original_max_position_embeddings: int
+
+
+@dataclass(frozen=True)
+class Llama3Scaling(RopeScaling):
+    """Llama 3.1's: rotations that turn fewer than low_freq_factor times within the original context are slowed down,
+    those that turn more than high_freq_factor times are not, and between there is a blend."""
+
+    low_freq_factor: float
+    high_freq_factor: float
+
+
+@dataclass(frozen=True)
+class ExpertNames:
+    """What a checkpoint calls the MLP of a layer with experts, and the projections of each expert."""
+
+    mlp: str = "mlp"
+    gate: str = "gate_proj"
+    up: str = "up_proj"
+    down: str = "down_proj"
+
+
+@dataclass(frozen=True)
 class Experts:
     """Mixture of experts in place of the dense MLP of some layers; fields by their usual names in config.json.
 
@@ -19,6 +49,7 @@ class Experts:
                     best experts have the highest sum (DeepSeek-V3, arXiv 2412.19437, section 2.1.2).
     score_bias:     a stored number per expert is added to the scores for the choice, not for the weights.
     shared_intermediate_size:  width of the MLP that every token passes besides; None where there is none.
+    names:          in checkpoints.
     """
 
     layers: tuple[bool, ...]
@@ -32,12 +63,14 @@ class Experts:
     topk_group: int = 1
     score_bias: bool = False
     shared_intermediate_size: int | None = None
+    names: ExpertNames = ExpertNames()
 
 
 @dataclass(frozen=True)
 class Decoder:
     """RMSNorm, rotary positions, grouped-query attention and SiLU-gated MLPs; fields by their names in config.json.
 
+    rope_scaling:   None where frequencies are those of rope_theta alone; `rope.py` has the formulas.
     rotary_factor:  share of each head's dimensions that are rotated, the first ones.
     qkv_bias:       queries, keys and values have biases; no other projection has.
     qk_norm:        queries and keys are normalised per head.
@@ -60,6 +93,7 @@ class Decoder:
     tie_word_embeddings: bool
     rope_theta: float
     qk_norm: bool
+    rope_scaling: RopeScaling | None = None
     qkv_bias: bool = False
     rotary_factor: float = 1.0
     experts: Experts | None = None
@@ -80,7 +114,7 @@ def hf_tensors(decoder: Decoder) -> Shapes:
         shapes |= _attention(decoder, f"{prefix}.self_attn")
         shapes[f"{prefix}.post_attention_layernorm.weight"] = (decoder.hidden_size,)
         if decoder.experts is not None and decoder.has_experts(layer):
-            shapes |= _experts(decoder.experts, decoder.hidden_size, f"{prefix}.mlp")
+            shapes |= _experts(decoder.experts, decoder.hidden_size, f"{prefix}.{decoder.experts.names.mlp}")
         else:
             shapes |= _mlp(decoder.intermediate_size, decoder.hidden_size, f"{prefix}.mlp")
     shapes["model.norm.weight"] = (decoder.hidden_size,)
@@ -128,15 +162,15 @@ def _experts(experts: Experts, hidden: int, prefix: str) -> Shapes:
     if experts.score_bias:
         shapes[f"{prefix}.gate.e_score_correction_bias"] = (experts.num_experts,)
     for expert in range(experts.num_experts):
-        shapes |= _mlp(experts.moe_intermediate_size, hidden, f"{prefix}.experts.{expert}")
+        shapes |= _mlp(experts.moe_intermediate_size, hidden, f"{prefix}.experts.{expert}", experts.names)
     if experts.shared_intermediate_size is not None:
         shapes |= _mlp(experts.shared_intermediate_size, hidden, f"{prefix}.shared_experts")
     return shapes
 
 
-def _mlp(inner: int, hidden: int, prefix: str) -> Shapes:
+def _mlp(inner: int, hidden: int, prefix: str, names: ExpertNames = ExpertNames()) -> Shapes:
     return {
-        f"{prefix}.gate_proj.weight": (inner, hidden),
-        f"{prefix}.up_proj.weight": (inner, hidden),
-        f"{prefix}.down_proj.weight": (hidden, inner),
+        f"{prefix}.{names.gate}.weight": (inner, hidden),
+        f"{prefix}.{names.up}.weight": (inner, hidden),
+        f"{prefix}.{names.down}.weight": (hidden, inner),
     }

@@ -6,8 +6,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from megatron_pbsd.config import LearnerConfig, ParallelConfig
-from megatron_pbsd.models import decoder as decoders, gpt_config, layout, mapping
+from megatron_pbsd.models import decoder as decoders, gpt_config, layout, mapping, rope
 from megatron_pbsd.models.decoder import Decoder
 from megatron_pbsd.models.errors import ModelError
 from megatron_pbsd.models.parameters import ParameterMap, RankCoordinates
@@ -33,9 +35,17 @@ class Family:
         """TransformerConfig fields; the activation (SiLU) goes by its torch.nn.functional name."""
         return gpt_config.transformer_config(self.decoder(hf))
 
-    def gpt_model(self, hf: Config) -> dict[str, Any]:
-        """GPTModel arguments besides its TransformerConfig."""
-        return gpt_config.gpt_model(self.decoder(hf))
+    def gpt_model(self, hf: Config, parallel: ParallelConfig) -> dict[str, Any]:
+        """GPTModel arguments besides its TransformerConfig; the vocabulary is padded for `parallel.tp` ranks."""
+        return gpt_config.gpt_model(self.decoder(hf), parallel)
+
+    def pipeline_layout(self, hf: Config, parallel: ParallelConfig) -> list[list[str]] | None:
+        """TransformerConfig's pipeline_model_parallel_layout: what each stage holds; None without a pipeline."""
+        return gpt_config.pipeline_layout(self.decoder(hf).num_hidden_layers, parallel)
+
+    def inverse_frequencies(self, hf: Config) -> torch.Tensor:
+        """Of rotary positions, float32 [rotated dimensions / 2]; see `rope.py`."""
+        return rope.inverse_frequencies(self.decoder(hf))[0]
 
     def hf_tensors(self, hf: Config) -> dict[str, tuple[int, ...]]:
         """Name → shape of every tensor, in the order of the model; a tied lm_head is not a tensor of its own."""

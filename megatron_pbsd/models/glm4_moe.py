@@ -62,8 +62,8 @@ def decoder(hf: Mapping[str, Any]) -> Decoder:
         shared_intermediate_size=hf["n_shared_experts"] * hf["moe_intermediate_size"])
     return Decoder(
         **decoder_values(hf),
-        rope_theta=rotary["rope_theta"],
-        rotary_factor=rotary.get("partial_rotary_factor", ROTARY_FACTOR),
+        rotary_factor=rotary.pop("partial_rotary_factor", ROTARY_FACTOR),
+        **rotary,
         qk_norm=hf["use_qk_norm"],
         qkv_bias=hf["attention_bias"],
         experts=experts,

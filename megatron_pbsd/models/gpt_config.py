@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron_pbsd.models.decoder import Decoder, Experts
+from megatron_pbsd.config import ParallelConfig
+from megatron_pbsd.models.decoder import Decoder, Experts, Llama3Scaling
+from megatron_pbsd.models.parameters import padded_vocabulary, stage_layers
 
 
 def problems(decoder: Decoder) -> list[str]:
@@ -17,6 +19,10 @@ def problems(decoder: Decoder) -> list[str]:
     if not rotated or rotated % 2:
         found.append(f"rotary embeddings turn pairs of dimensions, but head_dim = {decoder.head_dim} * "
                      f"partial_rotary_factor = {decoder.rotary_factor} gives {rotated} of them")
+    scaling = decoder.rope_scaling
+    if isinstance(scaling, Llama3Scaling) and not scaling.low_freq_factor < scaling.high_freq_factor:
+        found.append(f"low_freq_factor = {scaling.low_freq_factor} of llama3's rotary embeddings is not below "
+                     f"high_freq_factor = {scaling.high_freq_factor}")
     return found + (_routing_problems(decoder.experts) if decoder.experts else [])
 
 
@@ -86,10 +92,22 @@ def _routing(experts: Experts) -> dict[str, Any]:
     }
 
 
-def gpt_model(decoder: Decoder) -> dict[str, Any]:
+def pipeline_layout(layers: int, parallel: ParallelConfig) -> list[list[str]] | None:
+    """What TransformerConfig calls pipeline_model_parallel_layout: the parts of each stage, in the order in which the
+    model passes the stages. None without a pipeline."""
+    if parallel.pp == 1:
+        return None
+    stages = [["decoder"] * len(stage_layers(layers, parallel, pp, chunk))
+              for chunk in range(parallel.vpp) for pp in range(parallel.pp)]
+    stages[0].insert(0, "embedding")
+    stages[-1].append("loss")
+    return stages
+
+
+def gpt_model(decoder: Decoder, parallel: ParallelConfig) -> dict[str, Any]:
     """GPTModel arguments besides its TransformerConfig."""
     return {
-        "vocab_size": decoder.vocab_size,
+        "vocab_size": padded_vocabulary(decoder.vocab_size, parallel.tp),
         "max_sequence_length": decoder.max_position_embeddings,
         "share_embeddings_and_output_weights": decoder.tie_word_embeddings,
         "position_embedding_type": "rope",

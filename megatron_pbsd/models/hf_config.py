@@ -5,10 +5,11 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from megatron_pbsd.models.decoder import Llama3Scaling, RopeScaling
 from megatron_pbsd.models.errors import ModelError
 
 
@@ -40,7 +41,7 @@ DECODER_FIELDS: Mapping[str, FieldRule] = {
     # transformers 5 writes rope_parameters, 4 wrote rope_theta and rope_scaling.
     "rope_parameters": mapped(),
     "rope_theta": mapped(),
-    "rope_scaling": only(None),
+    "rope_scaling": mapped(),
     "hidden_act": only("silu"),
     "is_encoder_decoder": only(False),
     "chunk_size_feed_forward": only(0),
@@ -86,16 +87,35 @@ def either(config: Mapping[str, Any], *names: str) -> Any:
     return next(iter(found.values()))
 
 
+ROPE_SCALINGS: Mapping[str, type[RopeScaling]] = {"llama3": Llama3Scaling}
+"""rope_type → what its fields describe."""
+
+
 def rope(config: Mapping[str, Any], optional: tuple[str, ...] = ()) -> dict[str, Any]:
-    """rope_theta and the `optional` fields of plain rotary embeddings; 'rope_parameters' goes before the fields beside
-    it. ModelError when there is no rope_theta, or 'rope_parameters' has fields or types other than these."""
+    """rope_theta, rope_scaling as `Decoder` has it, and the `optional` fields of rotary embeddings; 'rope_parameters'
+    goes before the fields beside it. ModelError when there is no rope_theta, or another scaling than `ROPE_SCALINGS`,
+    or one whose fields are missing or unknown."""
     names = ("rope_theta", *optional)
-    inner = config.get("rope_parameters") or {}
-    checked(inner, {**{name: mapped() for name in names}, "rope_type": only("default")}, (), "rope_parameters.")
+    section = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
+    inner = config.get(section) or {}
+    if section == "rope_parameters" and config.get("rope_scaling"):
+        raise ModelError("config.json: 'rope_parameters' and 'rope_scaling' are two names of one field; keep the first")
+    scaling = _scaling(inner, names, f"{section}.")
     found = {name: source[name] for source in (config, inner) for name in names if name in source}
     if "rope_theta" not in found:
         raise ModelError("config.json: 'rope_theta' is missing, in 'rope_parameters' and beside it")
-    return found
+    return found | {"rope_scaling": scaling}
+
+
+def _scaling(inner: Mapping[str, Any], names: tuple[str, ...], prefix: str) -> RopeScaling | None:
+    kinds = only("default", *ROPE_SCALINGS)
+    known = {name: inner[name] for name in ("rope_type", "type") if name in inner}
+    checked(known, dict.fromkeys(known, kinds), (), prefix)
+    kind = either(inner, *known) if known else "default"
+    described = ROPE_SCALINGS.get(kind)
+    needed = tuple(field.name for field in fields(described)) if described else ()
+    checked(inner, {**{name: mapped() for name in (*names, *needed)}, **dict.fromkeys(known, kinds)}, needed, prefix)
+    return described(**{name: inner[name] for name in needed}) if described else None
 
 
 def decoder_values(config: Mapping[str, Any]) -> dict[str, Any]:

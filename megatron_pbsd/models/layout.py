@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from math import gcd
+from math import gcd, isqrt
 
 from megatron_pbsd.config import LearnerConfig, ParallelConfig
 from megatron_pbsd.models.decoder import Decoder
+from megatron_pbsd.models.parameters import padded_vocabulary
 
 
 def layout_problems(decoder: Decoder, parallel: ParallelConfig) -> list[str]:
@@ -15,12 +16,12 @@ def layout_problems(decoder: Decoder, parallel: ParallelConfig) -> list[str]:
     Context parallelism divides sequences, not the model: any size is possible.
     """
     problems = _indivisible("tp", parallel.tp, _tensor_parallel_lengths(decoder))
-    layers = {"num_hidden_layers": decoder.num_hidden_layers}
-    if not_divided := _indivisible("pp", parallel.pp, layers):
-        problems += not_divided
-    else:
-        name = f"num_hidden_layers / pp = {decoder.num_hidden_layers} / {parallel.pp}"
-        problems += _indivisible("vpp", parallel.vpp, {name: decoder.num_hidden_layers // parallel.pp})
+    share = padded_vocabulary(decoder.vocab_size, parallel.tp) // parallel.tp
+    if share * (parallel.tp - 1) >= decoder.vocab_size:
+        problems.append(f"learner.parallel.tp = {parallel.tp} leaves a rank without any of the vocab_size = "
+                        f"{decoder.vocab_size} tokens, of which each holds {share}; this vocabulary allows any tp up "
+                        f"to {isqrt(decoder.vocab_size)}")
+    problems += _pipeline_problems(decoder.num_hidden_layers, parallel)
     experts = decoder.experts
     if experts is None:
         problems += [
@@ -54,9 +55,20 @@ def learner_problems(decoder: Decoder, learner: LearnerConfig) -> list[str]:
     return problems
 
 
+def _pipeline_problems(layers: int, parallel: ParallelConfig) -> list[str]:
+    """Every stage needs a layer; they need not have equally many."""
+    if parallel.pp > layers:
+        return [f"learner.parallel.pp = {parallel.pp} is more than num_hidden_layers = {layers}; "
+                f"valid for this model: 1 … {layers}"]
+    if parallel.pp * parallel.vpp > layers:
+        return [f"learner.parallel.vpp = {parallel.vpp} makes pp * vpp = {parallel.pp * parallel.vpp} stages of "
+                f"num_hidden_layers = {layers}; valid for this model: 1 … {layers // parallel.pp}"]
+    return []
+
+
 def _tensor_parallel_lengths(decoder: Decoder) -> dict[str, int]:
     experts = decoder.experts
-    lengths = {name: getattr(decoder, name) for name in ("num_attention_heads", "num_key_value_heads", "vocab_size")}
+    lengths = {name: getattr(decoder, name) for name in ("num_attention_heads", "num_key_value_heads")}
     if experts is None or not all(experts.layers):
         lengths["intermediate_size"] = decoder.intermediate_size
     if experts is not None and experts.shared_intermediate_size is not None:

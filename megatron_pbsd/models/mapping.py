@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from megatron_pbsd.config import ParallelConfig
-from megatron_pbsd.models.decoder import Decoder, Experts, hf_tensors
+from megatron_pbsd.models.decoder import Decoder, ExpertNames, Experts, hf_tensors
 from megatron_pbsd.models.errors import ModelError
 from megatron_pbsd.models.layout import layout_problems
 from megatron_pbsd.models.parameters import (
@@ -31,22 +31,23 @@ def pieces(decoder: Decoder, parallel: ParallelConfig, at: RankCoordinates, chun
     last = at.pp == parallel.pp - 1 and chunk == parallel.vpp - 1
     local: dict[str, list[Piece]] = {}
     if first:
-        local["embedding.word_embeddings.weight"] = dense.part("model.embed_tokens.weight", 0)
+        local["embedding.word_embeddings.weight"] = dense.vocabulary("model.embed_tokens.weight")
     for i, layer in enumerate(stage_layers(decoder.num_hidden_layers, parallel, at.pp, chunk)):
         source, target = f"model.layers.{layer}", f"decoder.layers.{i}"
         local |= _attention(decoder, dense, source, target)
         if decoder.experts is not None and decoder.has_experts(layer):
             held = local_experts(decoder.experts.num_experts, parallel, at.ep)
-            local |= _experts(decoder.experts, held, dense, expert, f"{source}.mlp", f"{target}.mlp")
+            block = f"{source}.{decoder.experts.names.mlp}"
+            local |= _experts(decoder.experts, held, dense, expert, block, f"{target}.mlp")
         else:
             local |= _mlp(dense, f"{source}.mlp", f"{target}.mlp")
     if last:
         local["decoder.final_layernorm.weight"] = dense.whole("model.norm.weight")
         if not decoder.tie_word_embeddings:
-            local["output_layer.weight"] = dense.part("lm_head.weight", 0)
+            local["output_layer.weight"] = dense.vocabulary("lm_head.weight")
         elif not first:
             # The last stage keeps a copy of the tied embedding for its logits.
-            local["output_layer.weight"] = dense.part("model.embed_tokens.weight", 0, primary=False)
+            local["output_layer.weight"] = dense.vocabulary("model.embed_tokens.weight", primary=False)
     return local
 
 
@@ -80,11 +81,11 @@ def _qkv_rows(decoder: Decoder, place: Placement) -> list[tuple[str, slice]]:
     return rows
 
 
-def _mlp(place: Placement, source: str, target: str) -> ParameterMap:
-    halves = [f"{source}.{half}_proj.weight" for half in ("gate", "up")]
+def _mlp(place: Placement, source: str, target: str, names: ExpertNames = ExpertNames()) -> ParameterMap:
+    halves = [f"{source}.{half}.weight" for half in (names.gate, names.up)]
     return {
         f"{target}.linear_fc1.weight": place.stacked([(name, place.share(place.shapes[name][0])) for name in halves]),
-        f"{target}.linear_fc2.weight": place.part(f"{source}.down_proj.weight", 1),
+        f"{target}.linear_fc2.weight": place.part(f"{source}.{names.down}.weight", 1),
     }
 
 
@@ -96,7 +97,7 @@ def _experts(
     if experts.score_bias:
         local[f"{target}.router.expert_bias"] = dense.whole(f"{source}.gate.e_score_correction_bias")
     for i, number in enumerate(held):
-        local |= _mlp(expert, f"{source}.experts.{number}", f"{target}.experts.local_experts.{i}")
+        local |= _mlp(expert, f"{source}.experts.{number}", f"{target}.experts.local_experts.{i}", experts.names)
     if experts.shared_intermediate_size is not None:
         local |= _mlp(dense, f"{source}.shared_experts", f"{target}.shared_experts")
     return local

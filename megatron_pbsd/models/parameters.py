@@ -33,12 +33,14 @@ class Piece:
 
     primary: of all ranks that hold these elements, this one speaks for them: over all ranks, the primary pieces
     cover every element of every Hugging Face tensor exactly once.
+    padding: rows of `local` after these that stand for nothing. They are 0 and stay 0.
     """
 
     hf_name: str
     hf_index: Index
     local_index: Index
     primary: bool
+    padding: int = 0
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -71,13 +73,22 @@ class Placement:
         index = tuple(slice(0, n) for n in self.shapes[name])
         return [Piece(name, index, index, self.primary and self.rank == 0)]
 
-    def part(self, name: str, dim: int, primary: bool = True) -> list[Piece]:
+    def part(self, name: str, dim: int) -> list[Piece]:
         """A matrix divided along `dim`: 0 column parallel, 1 row parallel (Megatron's words for y = Wx)."""
         shape = self.shapes[name]
         share = self.share(shape[dim])
         hf_index = tuple(share if d == dim else slice(0, n) for d, n in enumerate(shape))
         local_index = tuple(slice(0, s.stop - s.start) for s in hf_index)
-        return [Piece(name, hf_index, local_index, primary and self.primary)]
+        return [Piece(name, hf_index, local_index, self.primary)]
+
+    def vocabulary(self, name: str, primary: bool = True) -> list[Piece]:
+        """A matrix with a row for each token, divided into equal shares: the last one is padded."""
+        rows, columns = self.shapes[name]
+        each = padded_vocabulary(rows, self.size) // self.size
+        span = slice(self.rank * each, min((self.rank + 1) * each, rows))
+        count = span.stop - span.start
+        index = (span, slice(0, columns)), (slice(0, count), slice(0, columns))
+        return [Piece(name, *index, primary and self.primary, padding=each - count)]
 
     def stacked(self, rows: list[tuple[str, slice]]) -> list[Piece]:
         """A local matrix or vector whose rows are these rows of these tensors, in order."""
@@ -105,15 +116,24 @@ def coordinates(parallel: ParallelConfig, rank: int) -> RankCoordinates:
         expert_dp=within // (parallel.etp * parallel.ep))
 
 
+def padded_vocabulary(vocabulary: int, tp: int) -> int:
+    """Rows of the embedding and the output layer over all `tp` ranks, each of which holds equally many."""
+    return -(-vocabulary // tp) * tp
+
+
 def stage_layers(layers: int, parallel: ParallelConfig, pp: int, chunk: int) -> range:
     """Decoder layers of model chunk `chunk`, 0 … vpp - 1, of pipeline rank `pp`.
 
     The model passes all ranks' first chunks, then all second ones (interleaved schedule: arXiv 2104.04473,
-    section 2.2).
+    section 2.2). Where layers are not divisible, the stages just before the last have one more: the last computes the
+    logits, and earlier ones keep the activations of more micro-batches.
     """
-    each = layers // (parallel.pp * parallel.vpp)
-    start = (chunk * parallel.pp + pp) * each
-    return range(start, start + each)
+    stages = parallel.pp * parallel.vpp
+    each, longer = divmod(layers, stages)
+    stage = chunk * parallel.pp + pp
+    first_longer = stages - 1 - longer
+    start = stage * each + min(max(stage - first_longer, 0), longer)
+    return range(start, start + each + (first_longer <= stage < stages - 1))
 
 
 def local_experts(experts: int, parallel: ParallelConfig, ep: int) -> range:
@@ -123,5 +143,7 @@ def local_experts(experts: int, parallel: ParallelConfig, ep: int) -> range:
 
 
 def local_shape(pieces: list[Piece]) -> tuple[int, ...]:
-    """Shape of the parameter that these pieces tile."""
-    return tuple(max(p.local_index[d].stop for p in pieces) for d in range(len(pieces[0].local_index)))
+    """Shape of the parameter that these pieces tile, padding included."""
+    ends = [[span.stop for span in piece.local_index] for piece in pieces]
+    rows, *others = (max(stops) for stops in zip(*ends, strict=True))
+    return (rows + sum(piece.padding for piece in pieces), *others)

@@ -36,4 +36,4 @@ def check_fields(hf: Mapping[str, Any]) -> None:
 
 def decoder(hf: Mapping[str, Any]) -> Decoder:
     """See `Family`."""
-    return Decoder(**decoder_values(hf), rope_theta=rope(hf)["rope_theta"], qk_norm=True)
+    return Decoder(**decoder_values(hf), **rope(hf), qk_norm=True)

@@ -52,4 +52,4 @@ def decoder(hf: Mapping[str, Any]) -> Decoder:
         moe_intermediate_size=hf["moe_intermediate_size"],
         scores="softmax",
         norm_topk_prob=hf["norm_topk_prob"])
-    return Decoder(**decoder_values(hf), rope_theta=rope(hf)["rope_theta"], qk_norm=True, experts=experts)
+    return Decoder(**decoder_values(hf), **rope(hf), qk_norm=True, experts=experts)

@@ -8,12 +8,11 @@ that another version of Megatron-core or torch fails here with its name, not lat
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.overrides import TorchFunctionMode
 
 from megatron_pbsd.errors import PbsdError
 from megatron_pbsd.platform.gloo import gather_uneven, reduce_scatter_uneven
@@ -45,21 +44,31 @@ def _is_cuda(device: object) -> bool:
     return str(device).startswith("cuda") if isinstance(device, str | torch.device) else False
 
 
-class _CudaAsCpu(TorchFunctionMode):
+def _on_cpu(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     """Tensors asked for on 'cuda' are made on the CPU; pinned memory, which needs a GPU driver, is ordinary memory."""
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func is torch.Tensor.cuda:
-            return args[0]
-        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
-            # Megatron's optimizer and clipping compare Tensor.type() with 'torch.cuda.FloatTensor'.
-            return func(*args).replace("torch.", "torch.cuda.", 1)
-        if "device" in kwargs and _is_cuda(kwargs["device"]):
-            kwargs = {**kwargs, "device": CPU}
+    def made(*args: Any, **kwargs: Any) -> torch.Tensor:
+        if _is_cuda(kwargs.get("device")):
+            kwargs["device"] = CPU
         if kwargs.get("pin_memory"):
-            kwargs = {**kwargs, "pin_memory": False}
-        return func(*args, **kwargs)
+            kwargs["pin_memory"] = False
+        return make(*args, **kwargs)
+
+    return made
+
+
+# A TorchFunctionMode would catch all functions there are, at a cost of 1 to 2 microseconds for each call of any.
+_FACTORIES = {name: _on_cpu(getattr(torch, name)) for name in (
+    "arange", "empty", "empty_like", "full", "full_like", "ones", "ones_like", "tensor", "zeros", "zeros_like")}
+
+
+def _type(tensor: torch.Tensor, *args: Any, original: Callable[..., Any] = torch.Tensor.type, **kwargs: Any) -> Any:
+    """Megatron's optimizer and clipping compare Tensor.type() with 'torch.cuda.FloatTensor'."""
+    found = original(tensor, *args, **kwargs)
+    return found.replace("torch.", "torch.cuda.", 1) if isinstance(found, str) else found
+
+
+_METHODS = {"cuda": lambda tensor, *args, **kwargs: tensor, "type": _type}
 
 
 class _Event:
@@ -108,6 +117,7 @@ _CUDA_STAND_INS = {
     "get_rng_state": lambda *args, **kwargs: torch.get_rng_state(),
     "manual_seed": torch.manual_seed,
 }
+_STAND_INS = ((torch.cuda, _CUDA_STAND_INS), (torch, _FACTORIES), (torch.Tensor, _METHODS))
 
 
 def _on_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
@@ -151,14 +161,19 @@ class Cpu:
         installed = version("megatron-core")
         if installed != MEGATRON_VERSION:
             raise PlatformError(f"megatron-core {installed} is installed; the CPU platform needs {MEGATRON_VERSION}")
+        from megatron.core.models.common.embeddings import rope_utils
         from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
         from megatron.core.tensor_parallel import mappings, random
         from megatron.core.transformer.moe import moe_utils, token_dispatcher
 
-        require_symbols(torch.cuda, tuple(_CUDA_STAND_INS))
+        from megatron_pbsd.platform.cpu_modules import rotate_packed
+
+        for owner, names in _STAND_INS:
+            require_symbols(owner, tuple(names))
         for owner, replaced in (
             (random, {"_get_cuda_rng_state": _CUDA_STAND_INS["get_rng_state"], "_set_cuda_rng_state": _set_rng_state}),
             (token_dispatcher, {"maybe_move_tensor_to_cpu": _on_host}),
+            (rope_utils, {"_apply_rotary_pos_emb_thd": rotate_packed}),
             (DistributedOptimizer, {"_set_main_param_and_optimizer_states": _set_shards}),
         ):
             require_symbols(owner, tuple(replaced))
@@ -174,15 +189,16 @@ class Cpu:
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
-        kept = {name: getattr(torch.cuda, name) for name in _CUDA_STAND_INS}
-        for name, stand_in in _CUDA_STAND_INS.items():
-            setattr(torch.cuda, name, stand_in)
+        kept = [(owner, name, getattr(owner, name)) for owner, names in _STAND_INS for name in names]
+        for owner, names in _STAND_INS:
+            for name, stand_in in names.items():
+                setattr(owner, name, stand_in)
         try:
-            with _CudaAsCpu(), torch.compiler.set_stance("force_eager"):
+            with torch.compiler.set_stance("force_eager"):
                 yield
         finally:
-            for name, original in kept.items():
-                setattr(torch.cuda, name, original)
+            for owner, name, original in kept:
+                setattr(owner, name, original)
 
     def transformer_flags(self) -> dict[str, Any]:
         return {

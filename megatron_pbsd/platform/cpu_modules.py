@@ -1,4 +1,5 @@
-"""Decoder modules for a CPU: an RMSNorm that allows sequence parallelism, and attention by torch's fused kernel."""
+"""Decoder modules for a CPU: an RMSNorm that allows sequence parallelism, attention by torch's fused kernel, rotary
+positions."""
 
 from __future__ import annotations
 
@@ -101,20 +102,21 @@ class CausalAttention(MegatronModule):
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: Sequence[int]
     ) -> torch.Tensor:
         """Sequences [sum of lengths, heads, D] end to end; those of like length are attended to in one call."""
-        starts = torch.tensor([0, *lengths]).cumsum(0)[:-1]
-        places, parts = [], []
+        widths = torch.tensor(lengths)
+        starts = widths.cumsum(0) - widths
+        # Where each position's result stands among those of all calls.
+        source = torch.empty(len(query), dtype=torch.int64)
+        parts, done = [], 0
         for members in like_lengths(lengths):
             offset = torch.arange(lengths[members[0]])
             # Beyond a sequence's end stands whatever follows it: causality hides it.
             place = (starts[members][:, None] + offset).clamp_(max=len(query) - 1)
             rows = [x.index_select(0, place.flatten()).unflatten(0, place.shape) for x in (query, key, value)]
-            out = self._attend(*rows, is_causal=True).flatten(0, 1)
-            real = (offset < torch.tensor([lengths[i] for i in members])[:, None]).flatten().nonzero()[:, 0]
-            places.append(place.flatten()[real])
-            parts.append(out.index_select(0, real))
-        order = torch.empty(len(query), dtype=torch.int64)
-        order[torch.cat(places)] = torch.arange(len(query))
-        return torch.cat(parts).index_select(0, order)
+            parts.append(self._attend(*rows, is_causal=True).flatten(0, 1))
+            real = offset < widths[members][:, None]
+            source[place[real]] = done + real.flatten().nonzero()[:, 0]
+            done += place.numel()
+        return torch.cat(parts).index_select(0, source)
 
     def _divided(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: Sequence[int],
@@ -151,6 +153,45 @@ def like_lengths(lengths: Sequence[int]) -> list[list[int]]:
         else:
             groups.append([i])
     return groups
+
+
+def rotate_packed(
+    tensor: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    freqs: torch.Tensor,
+    rotary_interleaved: bool = False,
+    multi_latent_attention: bool = False,
+    mscale: float = 1.0,
+    cp_group: ProcessGroup | None = None,
+) -> torch.Tensor:
+    """Rotary positions of sequences end to end, [T, heads, D] (RoFormer, arXiv 2104.09864, in the order of GPT-NeoX).
+
+    In place of Megatron-core's, which slices the angles in Python for each sequence, and takes sine and cosine of all
+    positions of all sequences in every layer. freqs: [longest, 1, 1, rotated dimensions], angles by position, each
+    twice; the other arguments are of `CausalAttention.forward` or must be the defaults.
+    """
+    if rotary_interleaved or multi_latent_attention or mscale != 1:
+        raise ValueError("rotary positions of packed sequences on a CPU are neither interleaved, nor scaled, nor those "
+                         "of multi-latent attention")
+    place, rotated = packed_positions(cu_seqlens, cp_group), freqs.shape[-1]
+    cos, sin = freqs[:, 0].cos(), freqs[:, 0].sin()
+    sin[..., : rotated // 2].neg_()
+    cos, sin = (table.to(tensor.dtype).index_select(0, place) for table in (cos, sin))
+    turned, rest = tensor[..., :rotated], tensor[..., rotated:]
+    first, second = turned.chunk(2, -1)
+    turned = torch.addcmul(turned * cos, torch.cat([second, first], -1), sin)
+    return torch.cat([turned, rest], -1) if rest.shape[-1] else turned
+
+
+def packed_positions(bounds: torch.Tensor, group: ProcessGroup) -> torch.Tensor:
+    """int64 [T]: where in its sequence each of this rank's tokens stands; `bounds` as of `CausalAttention.forward`."""
+    cp, rank = group.size(), group.rank()
+    held = bounds.diff() // cp
+    within = torch.arange(int(bounds[-1]) // cp) - (held.cumsum(0) - held).repeat_interleave(held)
+    if cp == 1:
+        return within
+    chunk = (held // 2).repeat_interleave(held)
+    return within + torch.where(within < chunk, rank, 2 * cp - 2 - rank) * chunk
 
 
 def layer_specs(config: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
     from megatron.core.transformer.transformer_config import TransformerConfig
 
+
 class Cuda:
     name = "cuda"
     backend = "nccl"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -207,8 +208,13 @@ def test_distilling_follows_the_gradient_of_the_reverse_kl():
     torch.testing.assert_close(policy_gradient, -3.0 * gradient, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("config", [ReinforcePPConfig(kl_penalty=0.1), PPOConfig(kl_penalty=0.1), PPOConfig()])
-def test_what_was_not_computed_is_named(config):
-    bare = Outcome("g", 1.0, np.zeros(2, np.int64), np.zeros(2, bool))
-    with pytest.raises(ValueError, match="value head|student and reference"):
-        build_algorithm(config).assign([bare])
+@pytest.mark.parametrize("config", EVERY)
+def test_what_an_algorithm_needs_is_what_it_reads(config):
+    """With nothing else it works; without any one of its needs it says which."""
+    algorithm, whole = build_algorithm(config), outcome("a", 1.0, [2, 3], 0)
+    every = ("student", "teacher", "reference", "values")
+    bare = replace(whole, **{name: None for name in every if name not in algorithm.needs})
+    np.testing.assert_array_equal(algorithm.assign([bare]).advantages, algorithm.assign([whole]).advantages)
+    for need in algorithm.needs:
+        with pytest.raises(ValueError, match=f"the outcome has no '{need}'"):
+            algorithm.assign([replace(whole, **{need: None})])

@@ -131,5 +131,5 @@ def test_the_answer_span_is_left_out_of_the_evidence():
 
 def test_missing_teacher_is_an_error():
     o = outcome([2], [0, 0], [0, 0])
-    with pytest.raises(ValueError, match="student and teacher"):
+    with pytest.raises(ValueError, match="no 'teacher'"):
         turn_evidence(Outcome(o.group_id, 1.0, o.turn_index, o.answer_mask, o.student, None), True)

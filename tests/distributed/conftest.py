@@ -9,6 +9,7 @@ from tiny_models import make_tiny
 MODELS = {
     "tied": ("qwen3", {"tie_word_embeddings": True, "num_hidden_layers": 8}),
     "untied": ("qwen3", {"num_hidden_layers": 4}),
+    "odd": ("qwen3", {"tie_word_embeddings": True, "vocab_size": 131, "num_hidden_layers": 5}),
     "moe": ("qwen3_moe", {}),
     "glm": ("glm4_moe", {}),
 }

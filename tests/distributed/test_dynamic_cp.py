@@ -5,17 +5,16 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from megatron_pbsd import losses
 from megatron_pbsd.batch import Batch
-from megatron_pbsd.config import LearnerConfig, ModelConfig, MoEConfig, ParallelConfig, SFTConfig
+from megatron_pbsd.config import LearnerConfig, MoEConfig, ParallelConfig
 from megatron_pbsd.learner import microbatch
 from megatron_pbsd.learner.blocks import plan_blocks
 from megatron_pbsd.learner.cost import Cost
 from megatron_pbsd.learner.errors import LearnerError
-from tests.distributed.test_layouts import LOSSES, ONE
-from tests.distributed.training import BUDGET, OPTIMIZER, assert_same_run, make_batch, train
+from tests.distributed.layouts import ONE
+from tests.distributed.training import BUDGET, LOSSES, OPTIMIZER, assert_same_run, learner_of, make_batch, train
 
-pytestmark = pytest.mark.layouts
+pytestmark = pytest.mark.slow
 LAYOUTS = {
     "dp2": (ParallelConfig(world_size=2, tp=1, dynamic_cp=True), 12, {1, 2}),
     "dp4": (ParallelConfig(world_size=4, tp=1, dynamic_cp=True), 6, {1, 2, 4}),
@@ -82,11 +81,11 @@ def test_mixture_of_experts(ranks, folders, one, layout):
 def test_one_sequence_for_all_ranks_or_fewer(ranks, folders):
     """Ranks outside the sequence's block train on nothing."""
     alone = LearnerConfig(parallel=ONE, optimizer=OPTIMIZER, micro_batch_tokens=BUDGET)
-    wanted = ranks.run(train, 1, folders["tied"], alone, LOSSES["gspo"], None, "load", 1)[0]
+    wanted = ranks.run(train, 1, folders["tied"], alone, LOSSES["gspo"], "load", 1)[0]
     length = microbatch.positions(make_batch(sequences=1).lengths[0])
     for tokens in (-(-length // 8) * 2, -(-length // 4) * 2):
         settings = settings_of("dp4").model_copy(update={"micro_batch_tokens": tokens})
-        assert_same_run(ranks.run(train, 4, folders["tied"], settings, LOSSES["gspo"], None, "load", 1), wanted)
+        assert_same_run(ranks.run(train, 4, folders["tied"], settings, LOSSES["gspo"], "load", 1), wanted)
 
 
 def test_a_sequence_too_long_for_all_ranks_fails_on_all_of_them(ranks, folders):
@@ -97,12 +96,6 @@ def test_a_sequence_too_long_for_all_ranks_fails_on_all_of_them(ranks, folders):
 
 
 def error_of_scoring(rank, rendezvous, folder, settings):
-    from megatron_pbsd.learner.learner import Learner
-
-    learner = Learner(rank, rendezvous, ModelConfig(path=str(folder)), settings, losses.build(SFTConfig()), 0, 1)
-    try:
-        with pytest.raises(LearnerError) as caught:
-            learner.log_probs(Batch({"tokens": [np.arange(10), np.arange(3)]}))
-        return str(caught.value)
-    finally:
-        learner.close()
+    with learner_of(rank, rendezvous, folder, settings) as learner, pytest.raises(LearnerError) as caught:
+        learner.log_probs(Batch({"tokens": [np.arange(10), np.arange(3)]}))
+    return str(caught.value)

@@ -4,52 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_pbsd.config import (
-    JSDLossConfig,
-    LearnerConfig,
-    ParallelConfig,
-    PBSDConfig,
-    PolicyLossConfig,
-    SequenceTISConfig,
-    SFTConfig,
-    TokenTISConfig,
-    ValueLossConfig,
-)
-from tests.distributed.training import BUDGET, OPTIMIZER, assert_same_run, train
+from megatron_pbsd.config import JSDLossConfig, LearnerConfig, ParallelConfig, PolicyLossConfig, ValueLossConfig
+from tests.distributed.layouts import DENSE, MOE, ONE
+from tests.distributed.training import BUDGET, LOSSES, OPTIMIZER, assert_same_run, train
 
-ONE = ParallelConfig(world_size=1, tp=1)
-DENSE = {
-    "tp2": ParallelConfig(world_size=2, tp=2),
-    "pp2": ParallelConfig(world_size=2, tp=1, pp=2),
-    "pp2vpp2": ParallelConfig(world_size=2, tp=1, pp=2, vpp=2),
-    "pp4vpp2": ParallelConfig(world_size=4, tp=1, pp=4, vpp=2),
-    "cp2": ParallelConfig(world_size=2, tp=1, cp=2),
-    "dp2": ParallelConfig(world_size=2, tp=1),
-    "dp4": ParallelConfig(world_size=4, tp=1),
-    "tp2pp2": ParallelConfig(world_size=4, tp=2, pp=2),
-    "tp2cp2": ParallelConfig(world_size=4, tp=2, cp=2, sequence_parallel=True),
-    "pp2dp2": ParallelConfig(world_size=4, tp=1, pp=2),
-}
-MOE = {
-    "ep2": ParallelConfig(world_size=2, tp=1, ep=2),
-    "etp2": ParallelConfig(world_size=2, tp=2, etp=2),
-    "tp2": ParallelConfig(world_size=2, tp=2),
-    "cp2": ParallelConfig(world_size=2, tp=1, cp=2),
-    "tp2ep2": ParallelConfig(world_size=4, tp=2, ep=2),
-    "ep2etp2": ParallelConfig(world_size=4, tp=2, ep=2, etp=2),
-    "ep4": ParallelConfig(world_size=4, tp=1, ep=4),
-    "pp2ep2": ParallelConfig(world_size=4, tp=1, pp=2, ep=2),
-    "cp2ep2": ParallelConfig(world_size=4, tp=1, cp=2, ep=2),
-}
-POLICY = PolicyLossConfig(kl_coefficient=0.3, entropy_coefficient=0.05, clip_low=0.1, clip_high=0.1,
-                          mismatch=TokenTISConfig(cap=1.2))
-LOSSES = {
-    "sft": SFTConfig(),
-    "grpo": POLICY,
-    "gspo": PolicyLossConfig(ratio="sequence", reduction="trajectory", clip_low=0.2, clip_high=0.2,
-                             mismatch=SequenceTISConfig(cap=1.1)),
-    "pbsd": PBSDConfig(snr_gate=0.1, loss=PolicyLossConfig(reduction="turn")),
-}
 WITH_MORE_OUTPUTS = {
     "ppo": PolicyLossConfig(value=ValueLossConfig()),
     "jsd": JSDLossConfig(beta=0.3),
@@ -74,9 +32,9 @@ def run(ranks, folders):
 
 
 each_combination = pytest.mark.parametrize(("loss", "batching"), [
-    # One of the four losses for each way of batching by default; `make test-layouts` runs the others.
+    # One of the four losses for each way of batching by default; `make test-slow` runs the others.
     pytest.param(loss, batching, marks=[] if (loss, batching) in (("pbsd", "packed"), ("gspo", "padded")) else
-                 pytest.mark.layouts)
+                 pytest.mark.slow)
     for loss in LOSSES for batching in ("packed", "padded")])
 
 

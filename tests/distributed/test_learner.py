@@ -7,13 +7,13 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from megatron_pbsd import losses
 from megatron_pbsd.batch import Batch
-from megatron_pbsd.config import LearnerConfig, ModelConfig, MoEConfig, ParallelConfig, PolicyLossConfig, SFTConfig
+from megatron_pbsd.config import LearnerConfig, MoEConfig, ParallelConfig, PolicyLossConfig
 from megatron_pbsd.resharding.manifest import layout
 from megatron_pbsd.resharding.shared_memory import Segment, attach
-from tests.distributed.test_layouts import DENSE, LOSSES, MOE, ONE
-from tests.distributed.training import BUDGET, OPTIMIZER, assert_same_run, make_batch, train
+from tests.distributed.layouts import DENSE, MOE, ONE
+from tests.distributed.reference import next_token_log_probs, sft_loss, transformers_model
+from tests.distributed.training import BUDGET, LOSSES, OPTIMIZER, assert_same_run, learner_of, make_batch, train
 
 SETTINGS = LearnerConfig(parallel=ONE, optimizer=OPTIMIZER, micro_batch_tokens=BUDGET)
 
@@ -23,11 +23,11 @@ def run(ranks, folders):
     """What each rank returns from `train`; each combination is run once."""
     made = {}
 
-    def get(model, loss="grpo", *, settings=SETTINGS, **arguments):
-        key = (model, loss, settings.model_dump_json(), repr(arguments))
+    def get(model, loss="grpo", *, settings=SETTINGS, initial="load", sequences=7):
+        key = (model, loss, settings, initial, sequences)
         if key not in made:
             made[key] = ranks.run(
-                train, settings.parallel.world_size, folders[model], settings, LOSSES[loss], *arguments.values())
+                train, settings.parallel.world_size, folders[model], settings, LOSSES[loss], initial, sequences)
         return made[key]
 
     return get
@@ -40,12 +40,6 @@ def but(**changes) -> LearnerConfig:
 each_model = pytest.mark.parametrize("model", ["tied", "untied", "moe", "glm"])
 
 
-def transformers_model(folder):
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-
-
 @each_model
 @pytest.mark.parametrize("batching", ["packed", "padded"])
 def test_log_probs_equal_transformers(folders, run, model, batching):
@@ -53,8 +47,7 @@ def test_log_probs_equal_transformers(folders, run, model, batching):
     found, batch = run(model, settings=but(batching=batching))[0], make_batch()
     for i, tokens in enumerate(batch["tokens"]):
         with torch.no_grad():
-            logits = reference(torch.from_numpy(tokens)[None]).logits[0]
-        expected = logits.log_softmax(-1)[torch.arange(len(tokens) - 1), torch.from_numpy(tokens[1:])].numpy()
+            expected = next_token_log_probs(reference, tokens).numpy()
         np.testing.assert_allclose(found["log_probs"][i][1:], expected, atol=1e-5)
         np.testing.assert_allclose(found["masked"][i][1:], expected * batch["loss_mask"][i][1:], atol=1e-5)
         assert found["log_probs"][i][0] == 0
@@ -73,20 +66,15 @@ def test_training_equals_plain_torch(folders, run, model):
         betas=(OPTIMIZER.beta1, OPTIMIZER.beta2), eps=OPTIMIZER.eps)
     found = run(model, "sft")[0]
     for step, metrics in enumerate(found["metrics"], start=1):
-        total, count = torch.zeros(()), 0
-        for tokens, mask in zip(batch["tokens"], batch["loss_mask"], strict=True):
-            tokens, mask = torch.from_numpy(tokens), torch.from_numpy(mask)
-            log_probs = reference(tokens[None]).logits[0, :-1].log_softmax(-1)
-            total = total - (log_probs[torch.arange(len(tokens) - 1), tokens[1:]] * mask[1:]).sum()
-            count += int(mask[1:].sum())
+        loss, count = sft_loss(reference, batch)
         adam.zero_grad()
-        (total / count).backward()
+        loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(reference.parameters(), OPTIMIZER.clip_grad)
         lr = OPTIMIZER.lr * (1 - (step - 1) / 9)
         for group in adam.param_groups:
             group["lr"] = lr
         adam.step()
-        assert metrics["loss/total"] == pytest.approx(float(total.detach()) / count, rel=1e-5)
+        assert metrics["loss/total"] == pytest.approx(float(loss.detach()), rel=1e-5)
         assert metrics["grad_norm"] == pytest.approx(float(norm), rel=1e-5)
         assert metrics["lr"] == pytest.approx(lr)
         assert metrics["tokens"] == count
@@ -186,9 +174,6 @@ def test_recomputation_runs_the_layers_again(ranks, folders):
 
 
 def count_layer_calls(rank, rendezvous, folder, settings):
-    from megatron_pbsd.learner.learner import Learner
-
-    learner = Learner(rank, rendezvous, ModelConfig(path=str(folder)), settings, losses.build(SFTConfig()), 0, 1)
     counts = {"layers": 0, "attention": 0}
 
     def count(kind):
@@ -196,25 +181,22 @@ def count_layer_calls(rank, rendezvous, folder, settings):
             counts[kind] += 1
         return hook
 
-    for layer in learner._chunks[0].decoder.layers:
-        layer.mlp.register_forward_hook(count("layers"))
-        layer.self_attention.core_attention.register_forward_hook(count("attention"))
-    try:
+    with learner_of(rank, rendezvous, folder, settings) as learner:
+        for layer in learner._chunks[0].decoder.layers:
+            layer.mlp.register_forward_hook(count("layers"))
+            layer.self_attention.core_attention.register_forward_hook(count("attention"))
         learner.step(make_batch())
-        return counts
-    finally:
-        learner.close()
+    return counts
 
 
 def test_fewer_sequences_than_data_parallel_ranks(run):
-    few = {"platform": None, "initial": "load", "sequences": 1}
     for parallel in (DENSE["dp2"], DENSE["pp2vpp2"]):
-        assert_same_run(run("tied", settings=but(parallel=parallel), **few), run("tied", **few)[0])
+        assert_same_run(run("tied", settings=but(parallel=parallel), sequences=1), run("tied", sequences=1)[0])
 
 
 @pytest.mark.parametrize(("model", "parallel"), [("tied", DENSE["tp2pp2"]), ("glm", MOE["tp2ep2"])])
 def test_random_weights_do_not_depend_on_the_layout(run, model, parallel):
-    made = [run(model, settings=but(parallel=p), platform=None, initial="random")[0]["before"]
+    made = [run(model, settings=but(parallel=p), initial="random")[0]["before"]
             for p in (ONE, parallel)]
     for name, values in made[0].items():
         np.testing.assert_array_equal(made[1][name], values)
@@ -230,15 +212,9 @@ def test_a_missing_field_is_named(ranks, folders):
 
 
 def step_without_advantages(rank, rendezvous, folder):
-    from megatron_pbsd.learner.learner import Learner
-
-    learner = Learner(rank, rendezvous, ModelConfig(path=str(folder)), SETTINGS,
-                      losses.build(PolicyLossConfig()), seed=0, total_steps=1)
-    try:
+    with learner_of(rank, rendezvous, folder, SETTINGS, PolicyLossConfig()) as learner:
         batch = make_batch()
         learner.step(Batch({"tokens": batch["tokens"], "loss_mask": batch["loss_mask"]}))
-    finally:
-        learner.close()
 
 
 def test_damage_to_published_weights_is_found_by_the_ranks_that_hold_them(ranks, folders):
@@ -253,10 +229,7 @@ def test_damage_to_published_weights_is_found_by_the_ranks_that_hold_them(ranks,
 def find_damage(rank, rendezvous, folder, settings, segment):
     import torch.distributed as dist
 
-    from megatron_pbsd.learner.learner import Learner
-
-    learner = Learner(rank, rendezvous, ModelConfig(path=str(folder)), settings, losses.build(SFTConfig()), 0, 1)
-    try:
+    with learner_of(rank, rendezvous, folder, settings) as learner:
         manifest = layout(segment, learner.tensors())
         learner.publish(manifest)
         dist.barrier()
@@ -268,8 +241,6 @@ def find_damage(rank, rendezvous, folder, settings, segment):
             published["model.embed_tokens.weight"][-1, -1] += 1
         dist.barrier()
         return intact, learner.differing(manifest)
-    finally:
-        learner.close()
 
 
 @pytest.mark.parametrize("parallel", [ONE, DENSE["tp2"], DENSE["cp2"], DENSE["dp2"]], ids=["one", "tp2", "cp2", "dp2"])
@@ -282,14 +253,8 @@ def test_the_first_update_after_scoring_has_ratio_one(ranks, folders, parallel):
 def on_policy_step(rank, rendezvous, folder, settings):
     import torch.distributed as dist
 
-    from megatron_pbsd.learner.learner import Learner
-
-    learner = Learner(rank, rendezvous, ModelConfig(path=str(folder)), settings,
-                      losses.build(PolicyLossConfig()), seed=0, total_steps=1)
-    try:
+    with learner_of(rank, rendezvous, folder, settings, PolicyLossConfig()) as learner:
         batch, scores = make_batch(), [None]
         scores[0] = learner.log_probs(batch)
         dist.broadcast_object_list(scores)
         return learner.step(batch.with_fields(old_log_probs=scores[0], rollout_log_probs=scores[0])).metrics
-    finally:
-        learner.close()

@@ -5,6 +5,7 @@ Hidden states and weights are multiples of 1/8: their products are exact in floa
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
@@ -29,6 +30,7 @@ class Case:
     candidates: int = 0
     scale: int = 1
     dtype: torch.dtype = torch.float32
+    padding: int = 0
     loss: tuple[str, ...] = ("log_probs", "entropy", "candidates")
 
 
@@ -40,9 +42,12 @@ class Problem:
             return torch.randint(-8, 9, shape, generator=generator) / 8
 
         self.hidden = case.scale * eighths(case.tokens, HIDDEN)
+        self.vocabulary = VOCABULARY - case.padding
         self.weight = eighths(VOCABULARY, HIDDEN)
-        self.targets = torch.randint(0, VOCABULARY, (case.tokens,), generator=generator)
-        self.candidates = torch.randint(0, VOCABULARY, (case.tokens, case.candidates), generator=generator)
+        # Were they read, their logits would be the largest of all at about half of the positions.
+        self.weight[self.vocabulary :] *= 1000
+        self.targets = torch.randint(0, self.vocabulary, (case.tokens,), generator=generator)
+        self.candidates = torch.randint(0, self.vocabulary, (case.tokens, case.candidates), generator=generator)
         if case.candidates > 2:
             self.candidates[:, 1] = self.targets
             self.candidates[:, 2] = self.candidates[:, 0]
@@ -56,9 +61,19 @@ class Problem:
         return sum((found[name] * self.grads[name]).sum() for name in case.loss)
 
 
-def local(rank, rendezvous, world_size, case):
+@contextmanager
+def ranks_of(rendezvous, rank, world_size):
     dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=world_size)
     try:
+        yield
+        # Without tokens nothing is exchanged: a rank could be done before another has found it.
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
+
+
+def local(rank, rendezvous, world_size, case):
+    with ranks_of(rendezvous, rank, world_size):
         problem = Problem(case)
         hidden = problem.hidden.to(case.dtype).requires_grad_()
         weight, elsewhere = (
@@ -66,6 +81,7 @@ def local(rank, rendezvous, world_size, case):
         weight = weight.to(case.dtype).requires_grad_()
         statistics = token_statistics(
             hidden, weight, problem.targets, dist.group.WORLD, rows=case.rows,
+            vocabulary=problem.vocabulary if case.padding else None,
             candidates=problem.candidates if case.candidates else None)
         found = {"log_probs": statistics.log_probs, "entropy": statistics.entropy,
                  "candidates": statistics.candidate_log_probs}
@@ -73,14 +89,12 @@ def local(rank, rendezvous, world_size, case):
         (problem.loss(case, found) + (weight * elsewhere).sum()).backward()
         numbers = {name: value.detach().numpy() for name, value in found.items() if value is not None}
         return numbers, hidden.grad.float().numpy(), weight.grad.float().numpy()
-    finally:
-        dist.destroy_process_group()
 
 
 def reference(case):
     problem = Problem(case)
     hidden, weight = problem.hidden.double().requires_grad_(), problem.weight.double().requires_grad_()
-    p = (hidden @ weight.T).log_softmax(-1)
+    p = (hidden @ weight[: problem.vocabulary].T).log_softmax(-1)
     found = {"log_probs": p.gather(-1, problem.targets[:, None])[:, 0], "entropy": -(p.exp() * p).sum(-1),
              "candidates": p.gather(-1, problem.candidates)}
     (problem.loss(case, found) + (weight * problem.elsewhere).sum()).backward()
@@ -100,6 +114,8 @@ CASES = {
     "log-probs alone": Case(loss=("log_probs",)),
     "entropy alone": Case(loss=("entropy",)),
     "candidates alone": Case(candidates=4, loss=("candidates",)),
+    "padded": Case(candidates=4, padding=5),
+    "padded, kept": Case(rows=64, candidates=4, padding=1),
 }
 
 
@@ -189,23 +205,21 @@ def best_tokens(logits, k):
 
 
 def local_top(rank, rendezvous, world_size, case, k):
-    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=world_size)
-    try:
+    with ranks_of(rendezvous, rank, world_size):
         problem = Problem(case)
         weight = problem.weight.chunk(world_size)[rank].to(case.dtype)
-        ids, values = top_tokens(problem.hidden.to(case.dtype), weight, k, dist.group.WORLD, rows=case.rows)
+        ids, values = top_tokens(problem.hidden.to(case.dtype), weight, k, dist.group.WORLD, rows=case.rows,
+                                 vocabulary=problem.vocabulary)
         return ids.numpy(), values.numpy()
-    finally:
-        dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 @pytest.mark.parametrize(("case", "k"), [
     (Case(), 1), (Case(), 5), (Case(rows=64, scale=200), 8), (Case(dtype=torch.bfloat16), VOCABULARY),
-    (Case(tokens=0), 3)])
+    (Case(tokens=0), 3), (Case(padding=5), VOCABULARY - 5), (Case(padding=2), 5)])
 def test_top_tokens(ranks, world_size, case, k):
     problem = Problem(case)
-    ids, values = best_tokens(problem.hidden @ problem.weight.T, k)
+    ids, values = best_tokens(problem.hidden @ problem.weight[: problem.vocabulary].T, k)
     for found_ids, found_values in ranks.run(local_top, world_size, world_size, case, k):
         assert (found_ids.dtype, found_values.dtype) == (np.int64, np.float32)
         np.testing.assert_array_equal(found_ids, ids)

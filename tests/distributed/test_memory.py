@@ -14,7 +14,7 @@ from megatron_pbsd import losses
 from megatron_pbsd.batch import Batch
 from megatron_pbsd.config import LearnerConfig, ModelConfig, OptimizerConfig, ParallelConfig, SFTConfig
 
-pytestmark = pytest.mark.layouts
+pytestmark = pytest.mark.slow
 VOCABULARY = 96_000
 """Times 256 numbers of 4 bytes: gradients of about 100 MB."""
 

@@ -23,7 +23,11 @@ MODELS = [
     ("qwen3", {"tp": 1, "pp": 4}, {}),
     ("qwen3_moe", {"tp": 2, "ep": 4}, {"tie_word_embeddings": True}),
     ("qwen3_moe", {"tp": 1, "pp": 2, "vpp": 2, "ep": 2}, {}),
-    ("glm4_moe", {"tp": 2, "ep": 2, "etp": 2}, {}),
+    ("glm4_moe", {"tp": 2, "ep": 2, "etp": 2}, {"vocab_size": 131}),
+    ("qwen3", {"tp": 1, "pp": 4}, {"num_hidden_layers": 5}),
+    ("qwen3_moe", {"tp": 1, "pp": 2, "vpp": 2, "ep": 2}, {"num_hidden_layers": 7}),
+    ("glm4_moe", {"tp": 1, "pp": 4}, {"num_hidden_layers": 7, "first_k_dense_replace": 2}),
+    ("qwen3", {"tp": 4}, {"vocab_size": 131, "num_key_value_heads": 4}),
     ("glm4_moe", {"tp": 2, "pp": 2, "etp": 2}, {"use_qk_norm": False}),
 ]
 
@@ -84,6 +88,7 @@ def build(rank, rendezvous, hf, parallel):
         config = TransformerConfig(
             **family(hf).transformer_config(hf) | {"activation_func": torch.nn.functional.silu} | flags,
             tensor_model_parallel_size=parallel.tp, pipeline_model_parallel_size=parallel.pp,
+            pipeline_model_parallel_layout=family(hf).pipeline_layout(hf, parallel),
             virtual_pipeline_model_parallel_size=parallel.vpp if parallel.vpp > 1 else None,
             expert_model_parallel_size=parallel.ep, expert_tensor_parallel_size=parallel.etp,
             pipeline_dtype=torch.float32, moe_token_dispatcher_type="alltoall")
@@ -100,7 +105,8 @@ def build(rank, rendezvous, hf, parallel):
             model = GPTModel(
                 config=config, transformer_layer_spec=spec, vp_stage=stage,
                 pre_process=chunk == 0 and is_pipeline_first_stage(),
-                post_process=chunk == parallel.vpp - 1 and is_pipeline_last_stage(), **family(hf).gpt_model(hf))
+                post_process=chunk == parallel.vpp - 1 and is_pipeline_last_stage(),
+                **family(hf).gpt_model(hf, parallel))
             found.append({name: tuple(tensor.shape) for name, tensor in model.state_dict().items()
                           if not name.endswith("_extra_state")})
         return found

@@ -8,11 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_pbsd import losses
-from megatron_pbsd.config import LearnerConfig, ModelConfig, MoEConfig, ParallelConfig, SFTConfig
-from tests.distributed.test_layouts import MOE, ONE
-from tests.distributed.test_learner import transformers_model
-from tests.distributed.training import OPTIMIZER, STEPS, assert_same_run, make_batch, published
+from megatron_pbsd.config import LearnerConfig, MoEConfig, ParallelConfig
+from tests.distributed.layouts import MOE, ONE
+from tests.distributed.reference import next_token_log_probs, sft_loss, transformers_model
+from tests.distributed.training import OPTIMIZER, STEPS, assert_same_run, learner_of, make_batch, published
 
 EXPERTS, TOP_K, LAYERS = 8, 2, {"moe": 3, "glm": 3}
 SETTINGS = LearnerConfig(
@@ -32,16 +31,11 @@ def prescribed_batch(model: str, share: float = 0.8):
 
 
 def train(rank, rendezvous, folder, settings, batch):
-    from megatron_pbsd.learner.learner import Learner
-
-    learner = Learner(rank, rendezvous, ModelConfig(path=str(folder)), settings, losses.build(SFTConfig()), 3, 10)
-    try:
+    with learner_of(rank, rendezvous, folder, settings) as learner:
         scores = learner.log_probs(batch)
         updates = [learner.step(batch) for _ in range(STEPS)]
         return {"log_probs": scores, "masked": scores, "first": updates[0].log_probs,
                 "metrics": [update.metrics for update in updates], "after": published(learner, rank)}
-    finally:
-        learner.close()
 
 
 @contextmanager
@@ -81,8 +75,7 @@ def test_replayed_experts_give_the_log_probs_of_a_model_that_chooses_them(ranks,
             return torch.where(prescribed[:, layer] >= 0, prescribed[:, layer], chosen)
 
         with torch.no_grad(), routers_of(reference, replace):
-            logits = reference(torch.from_numpy(tokens)[None]).logits[0]
-        expected = logits.log_softmax(-1)[torch.arange(len(tokens) - 1), torch.from_numpy(tokens[1:])].numpy()
+            expected = next_token_log_probs(reference, tokens).numpy()
         np.testing.assert_allclose(
             found["log_probs"][i][1:], expected * batch["loss_mask"][i][1:], atol=1e-5)
 
@@ -135,13 +128,7 @@ def test_balancing_loss_has_the_gradient_of_its_formula(ranks, folders):
     settings = SETTINGS.model_copy(update={"moe": MoEConfig(aux_loss_coefficient=coefficient)})
     batch, reference = make_batch(), transformers_model(folders["moe"])
     found = ranks.run(train, 1, folders["moe"], settings, batch)[0]["metrics"][0]
-    total, count = torch.zeros(()), 0
-    for tokens, mask in zip(batch["tokens"], batch["loss_mask"], strict=True):
-        tokens, mask = torch.from_numpy(tokens), torch.from_numpy(mask)
-        log_probs = reference(tokens[None]).logits[0, :-1].log_softmax(-1)
-        total = total - (log_probs[torch.arange(len(tokens) - 1), tokens[1:]] * mask[1:]).sum()
-        count += int(mask[1:].sum())
-    loss, balance = total / count, []
+    (loss, _), balance = sft_loss(reference, batch), []
     for logits, chosen in read_positions(reference, batch):
         load = torch.bincount(chosen.flatten(), minlength=EXPERTS).float() / chosen.numel()
         balance.append(EXPERTS * (load * logits.softmax(-1).mean(0)).sum())
@@ -175,11 +162,6 @@ def test_expert_bias_moves_against_the_load(ranks, folders, changes):
 
 
 def one_step(rank, rendezvous, folder, settings, batch):
-    from megatron_pbsd.learner.learner import Learner
-
-    learner = Learner(rank, rendezvous, ModelConfig(path=str(folder)), settings, losses.build(SFTConfig()), 3, 10)
-    try:
+    with learner_of(rank, rendezvous, folder, settings) as learner:
         learner.step(batch)
         return published(learner, rank)
-    finally:
-        learner.close()

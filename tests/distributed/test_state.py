@@ -7,7 +7,7 @@ import pytest
 
 from megatron_pbsd import losses
 from megatron_pbsd.config import LearnerConfig, ModelConfig, ParallelConfig, SFTConfig
-from tests.distributed.test_layouts import DENSE, MOE, ONE
+from tests.distributed.layouts import DENSE, MOE, ONE
 from tests.distributed.training import OPTIMIZER, STEPS, make_batch, published
 
 LAYOUTS = {"one": ONE, **DENSE, **MOE, "dp2-distributed": DENSE["dp2"],
@@ -56,6 +56,9 @@ def saved(ranks, folders, tmp_path_factory):
     ("tp2", "pp2", "tied"), ("pp2", "tp2", "untied"), ("dp2", "one", "tied"), ("one", "tp2pp2", "untied"),
     ("tp2pp2", "dp2", "tied"), ("pp2vpp2", "pp2vpp2", "tied"), ("pp2vpp2", "tp2", "tied"), ("cp2", "pp4vpp2", "tied"),
     ("dp2-distributed", "dp2-distributed", "tied"), ("tp2dp2-distributed", "dp2-distributed", "tied"),
+    ("tp2", "tp2", "odd"), ("tp2", "one", "odd"), ("one", "tp2", "odd"),
+    ("tp2pp2", "pp2vpp2", "odd"), ("pp2vpp2", "one", "odd"),
+    ("tp2dp2-distributed", "dp2-distributed", "odd"), ("dp2-distributed", "tp2dp2-distributed", "odd"),
     ("ep2", "ep2", "moe"), ("tp2ep2", "tp2ep2", "glm"), ("pp2ep2", "pp2ep2", "glm"),
 ])
 def test_resume(ranks, folders, saved, source, target, model):

@@ -2,18 +2,44 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
 import numpy as np
 
 from megatron_pbsd import losses
 from megatron_pbsd.batch import Batch
-from megatron_pbsd.config import LearnerConfig, ModelConfig, OptimizerConfig
+from megatron_pbsd.config import (
+    LearnerConfig,
+    ModelConfig,
+    OptimizerConfig,
+    PBSDConfig,
+    PolicyLossConfig,
+    SequenceTISConfig,
+    SFTConfig,
+    TokenTISConfig,
+)
 from megatron_pbsd.resharding.manifest import layout
 from megatron_pbsd.resharding.shared_memory import Segment, attach
+
+if TYPE_CHECKING:
+    from megatron_pbsd.learner.learner import Learner
 
 # A large epsilon makes the first Adam step a smooth function of the gradient instead of its sign.
 OPTIMIZER = OptimizerConfig(lr=1e-2, eps=1e-2, clip_grad=0.5, weight_decay=0.1, warmup_steps=1, decay_style="linear")
 STEPS = 2
 BUDGET = 48
+POLICY = PolicyLossConfig(kl_coefficient=0.3, entropy_coefficient=0.05, clip_low=0.1, clip_high=0.1,
+                          mismatch=TokenTISConfig(cap=1.2))
+LOSSES = {
+    "sft": SFTConfig(),
+    "grpo": POLICY,
+    "gspo": PolicyLossConfig(ratio="sequence", reduction="trajectory", clip_low=0.2, clip_high=0.2,
+                             mismatch=SequenceTISConfig(cap=1.1)),
+    "pbsd": PBSDConfig(snr_gate=0.1, loss=PolicyLossConfig(reduction="turn")),
+}
+"""name → what `losses.build` takes."""
 
 
 def make_batch(seed: int = 0, sequences: int = 7, vocabulary: int = 64) -> Batch:
@@ -50,13 +76,23 @@ def _turns(rng: np.random.Generator, length: int) -> np.ndarray:
     return turns
 
 
-def train(rank, rendezvous, folder, settings: LearnerConfig, loss, platform=None, initial="load", sequences=7):
-    """Log-probs before, metrics of each step, weights before and after. `loss`: what `losses.build` takes."""
+@contextmanager
+def learner_of(rank, rendezvous, folder, settings: LearnerConfig, loss=LOSSES["sft"], initial="load"
+               ) -> Iterator[Learner]:
+    """A rank of a learner, closed in the end. `loss`: what `losses.build` takes."""
     from megatron_pbsd.learner.learner import Learner
 
     learner = Learner(rank, rendezvous, ModelConfig(path=str(folder), initial_weights=initial), settings,
-                      losses.build(loss), seed=3, total_steps=10, platform=platform)
+                      losses.build(loss), seed=3, total_steps=10)
     try:
+        yield learner
+    finally:
+        learner.close()
+
+
+def train(rank, rendezvous, folder, settings: LearnerConfig, loss, initial="load", sequences=7):
+    """Log-probs before, metrics of each step, weights before and after."""
+    with learner_of(rank, rendezvous, folder, settings, loss, initial) as learner:
         batch = make_batch(sequences=sequences)
         everywhere = learner.log_probs(Batch({"tokens": batch["tokens"]}))
         masked = learner.log_probs(batch)
@@ -64,8 +100,6 @@ def train(rank, rendezvous, folder, settings: LearnerConfig, loss, platform=None
         updates = [learner.step(batch) for _ in range(STEPS)]
         return {"log_probs": everywhere, "masked": masked, "before": before, "after": published(learner, rank),
                 "metrics": [update.metrics for update in updates], "first": updates[0].log_probs}
-    finally:
-        learner.close()
 
 
 def published(learner, rank):

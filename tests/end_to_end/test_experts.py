@@ -10,11 +10,11 @@ from tiny_models import make_tiny
 
 from megatron_pbsd.observability.records import read_trajectories
 
-pytestmark = pytest.mark.layouts
+pytestmark = pytest.mark.slow
 BASE = ROOT / "assets" / "search_qa_base"
 
 
-@pytest.fixture(scope="module", params=["qwen3_moe", "glm4_moe"])
+@pytest.fixture(scope="module", params=["qwen3_moe", "glm4_moe", "mixtral"])
 def policy(request, tmp_path_factory):
     folder = make_tiny(request.param, tmp_path_factory.mktemp(request.param), vocab_size=2048,
                        max_position_embeddings=1024)

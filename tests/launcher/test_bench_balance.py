@@ -8,10 +8,8 @@ from launcher.bench import balance
 from megatron_pbsd.errors import UsageError
 
 
-def test_rows_hold_every_case_and_nobody_beats_the_plans(monkeypatch):
-    monkeypatch.setattr(balance, "RANKS", (2, 4))
-    monkeypatch.setattr(balance, "SEEDS", 1)
-    results = balance.run()
+def test_rows_hold_every_case_and_nobody_beats_the_plans():
+    results = balance.run(ranks=(2, 4), seeds=1)
     cases: dict[tuple, dict[str, dict]] = {}
     for row in results["rows"]:
         cases.setdefault((row["lengths"], row["batching"], row["dp"]), {})[row["method"]] = row

@@ -131,6 +131,7 @@ def test_micro_batches_are_aligned_nearly_as_well_as_can_be(synchronised, mean, 
     assert len(ratios) > 30 and min(ratios) >= 1 - 1e-9
     assert np.mean(ratios) <= mean and max(ratios) <= most
 
+
 @given(lengths=st.lists(st.integers(1, 10**6), min_size=1, max_size=50), seed=st.integers(0, 99))
 def test_sums_of_exact_costs_do_not_depend_on_their_order(lengths, seed):
     costs = Cost(1.8e10, 1.2e6 / 7)(np.array(lengths, dtype=float))

@@ -120,4 +120,3 @@ def test_wide_blocks_come_first_and_short_sequences_level_the_ranks():
     sizes = [[share.size for share in rank] for rank in made.shares]
     assert sizes == [[4, 2], [4, 2], [4, 1], [4, 1]]
     assert made.costs.tolist() == [16.0] * 4
-

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 import torch
@@ -17,7 +18,17 @@ from megatron_pbsd.models.hf_config import read
 from megatron_pbsd.models.parameters import coordinates
 from megatron_pbsd.models.transformer_engine import parameter_names
 
+ONE = ParallelConfig(world_size=1, tp=1)
+SMOLLM2 = {"num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 36, "head_dim": 4,
+           "tie_word_embeddings": True, "rope_parameters": {"rope_type": "default", "rope_theta": 1e5}}
 VARIANTS = [
+    ("llama", {}),
+    ("llama", SMOLLM2),
+    ("mistral", {}),
+    ("mixtral", {}),
+    ("mixtral", {"tie_word_embeddings": True, "head_dim": None}),
+    ("qwen2", {}),
+    ("qwen2", {"tie_word_embeddings": True}),
     ("qwen3", {}),
     ("qwen3", {"tie_word_embeddings": True}),
     ("qwen3_moe", {}),
@@ -55,6 +66,7 @@ def test_new_tensors_start_as_in_transformers(model_type):
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**hf))
     state = model.state_dict()
     for name in family(hf).hf_tensors(hf):
+        name = name.replace("block_sparse_moe", "mlp")
         if name not in state:  # an expert's part of a tensor that transformers fuses in memory
             name = f"{name.partition('.experts.')[0]}.experts.down_proj"
         value = initial_value(name)
@@ -83,6 +95,7 @@ def megatron_config(hf):
 ROUTING = st.one_of(
     st.builds(lambda k, normalise: ("qwen3_moe", {"num_experts_per_tok": k, "norm_topk_prob": normalise}),
               st.integers(2, 8), st.booleans()),
+    st.builds(lambda k: ("mixtral", {"num_experts_per_tok": k}), st.integers(2, 8)),
     st.just(("qwen3_moe", {"num_experts_per_tok": 1, "norm_topk_prob": False})),
     st.builds(lambda k, scale: ("glm4_moe", {"num_experts_per_tok": k, "routed_scaling_factor": scale}),
               st.integers(2, 8), st.sampled_from([1.0, 2.5])),
@@ -98,11 +111,13 @@ def test_megatron_routes_as_transformers_does(variant, seed):
     from megatron.core.transformer.moe.moe_utils import topk_routing_with_score_function
     from transformers import AutoConfig
     from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeTopkRouter
+    from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
     from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
     model_type, changes = variant
     hf = tiny_config(model_type, **changes)
-    router = {"qwen3_moe": Qwen3MoeTopKRouter, "glm4_moe": Glm4MoeTopkRouter}[model_type](AutoConfig.for_model(**hf))
+    router = {"qwen3_moe": Qwen3MoeTopKRouter, "glm4_moe": Glm4MoeTopkRouter, "mixtral": MixtralTopKRouter}[
+        model_type](AutoConfig.for_model(**hf))
     torch.manual_seed(seed)
     bias = None
     with torch.no_grad():
@@ -147,23 +162,62 @@ def test_rotary_embeddings_turn_what_transformers_turns(changes, factor):
     from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeRotaryEmbedding
 
     hf = tiny_config("glm4_moe", **changes)
-    arguments = family(hf).gpt_model(hf)
+    arguments = family(hf).gpt_model(hf, ONE)
     assert arguments["rotary_percent"] == factor
     dimensions = int(hf["head_dim"] * factor)
     expected = arguments["rotary_base"] ** -(torch.arange(0, dimensions, 2) / dimensions)
     torch.testing.assert_close(Glm4MoeRotaryEmbedding(AutoConfig.for_model(**hf)).inv_freq, expected)
 
 
+@settings(max_examples=60)
+@given(
+    scaling=st.none() | st.builds(
+        lambda factor, low, ratio, original: {
+            "rope_type": "llama3", "factor": factor, "low_freq_factor": low, "high_freq_factor": low * ratio,
+            "original_max_position_embeddings": original},
+        st.floats(1, 64), st.floats(0.1, 4), st.floats(1.01, 10), st.integers(8, 2**17)),
+    theta=st.floats(100, 1e7), head=st.integers(1, 64), family_name=st.sampled_from(["llama", "qwen2", "mixtral"]))
+def test_frequencies_are_those_of_transformers_to_the_last_bit(scaling, theta, head, family_name):
+    from transformers import AutoConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    rope = {"rope_type": "default"} | (scaling or {})
+    hf = tiny_config("llama", head_dim=2 * head, rope_parameters=rope | {"rope_theta": theta})
+    expected = LlamaRotaryEmbedding(AutoConfig.for_model(**hf))
+    hf = tiny_config(family_name, head_dim=2 * head, rope_parameters=..., rope_theta=theta, rope_scaling=scaling)
+    assert expected.attention_scaling == 1
+    assert torch.equal(family(hf).inverse_frequencies(hf), expected.inv_freq)
+
+
+def test_smollm2_as_it_is_published():
+    """config.json of SmolLM2-135M-Instruct."""
+    hf = {
+        "architectures": ["LlamaForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 1,
+        "eos_token_id": 2, "hidden_act": "silu", "hidden_size": 576, "initializer_range": 0.041666666666666664,
+        "intermediate_size": 1536, "is_llama_config": True, "max_position_embeddings": 8192, "mlp_bias": False,
+        "model_type": "llama", "num_attention_heads": 9, "num_hidden_layers": 30, "num_key_value_heads": 3,
+        "pad_token_id": 2, "pretraining_tp": 1, "rms_norm_eps": 1e-05, "rope_interleaved": False,
+        "rope_scaling": None, "rope_theta": 100000, "tie_word_embeddings": True, "torch_dtype": "bfloat16",
+        "transformers.js_config": {"kv_cache_dtype": {"q4f16": "float16"}}, "transformers_version": "4.42.3",
+        "use_cache": True, "vocab_size": 49152}
+    assert sum(math.prod(shape) for shape in family(hf).hf_tensors(hf).values()) == 134_515_008
+    (problem,) = family(hf).layout_problems(hf, ParallelConfig(world_size=2, tp=2))
+    assert problem.startswith("learner.parallel.tp = 2 does not divide")
+    assert "num_key_value_heads = 3" in problem and "[1, 3]" in problem
+    assert not family(hf).layout_problems(hf, ParallelConfig(world_size=3, tp=3))
+
+
 @pytest.mark.parametrize("model_type", TINY)
 def test_config_as_transformers_4_and_5_write_it(model_type):
     from transformers import AutoConfig
 
-    newer = json.loads(AutoConfig.for_model(model_type, head_dim=64).to_json_string(use_diff=False))
-    assert family(newer).gpt_model(newer)["rotary_base"] == newer["rope_parameters"]["rope_theta"]
+    newer = AutoConfig.for_model(model_type, head_dim=64, **{"sliding_window": None} if model_type == "mistral" else {})
+    newer = json.loads(newer.to_json_string(use_diff=False))
+    assert family(newer).gpt_model(newer, ONE)["rotary_base"] == newer["rope_parameters"]["rope_theta"]
     older = tiny_config(model_type, rope_parameters=..., rope_theta=5e5, **CHECKPOINT)
     if model_type == "qwen3_moe":
         older["num_experts"] = older.pop("num_local_experts")
-    assert family(older).gpt_model(older)["rotary_base"] == 5e5
+    assert family(older).gpt_model(older, ONE)["rotary_base"] == 5e5
 
 
 @pytest.mark.parametrize(("model_type", "changes", "words"), [
@@ -176,7 +230,25 @@ def test_config_as_transformers_4_and_5_write_it(model_type):
     ("qwen3", {"rope_parameters": {"rope_type": "default"}}, "'rope_theta' is missing"),
     ("qwen3", {"layer_types": ["sliding_attention"] * 4}, "'layer_types'"),
     ("qwen3", {"sliding_window": 128, "use_sliding_window": True}, "'use_sliding_window'"),
-    ("qwen3", {"rope_scaling": {"type": "yarn"}}, "'rope_scaling'"),
+    ("qwen3", {"rope_scaling": {"type": "yarn"}}, "'rope_parameters' and 'rope_scaling' are two names of one field"),
+    ("llama", {"rope_parameters": ..., "rope_theta": 1.0, "rope_scaling": {"type": "linear", "factor": 2.0}},
+     "'rope_scaling.type' = 'linear' is not implemented; supported: 'default', 'llama3'"),
+    ("llama", {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1.0, "factor": 8.0, "low_freq_factor": 1.0,
+                                   "original_max_position_embeddings": 64}},
+     "'rope_parameters.high_freq_factor' is missing"),
+    ("llama", {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1.0, "factor": 8.0, "low_freq_factor": 4.0,
+                                   "high_freq_factor": 4.0, "original_max_position_embeddings": 64}},
+     "low_freq_factor = 4.0 .* is not below high_freq_factor = 4.0"),
+    ("llama", {"attention_bias": True}, "'attention_bias' = True is not implemented"),
+    ("llama", {"mlp_bias": True}, "'mlp_bias' = True is not implemented"),
+    ("llama", {"rope_interleaved": True}, "'rope_interleaved' = True is not implemented"),
+    ("qwen2", {"use_sliding_window": True}, "'use_sliding_window' = True is not implemented"),
+    ("qwen2", {"layer_types": ["full_attention"] * 3 + ["sliding_attention"]}, "'layer_types'"),
+    ("mistral", {"sliding_window": 4096}, "'sliding_window' = 4096 is not implemented; supported: None"),
+    ("mistral", {"sliding_window": ...}, "'sliding_window' is missing"),
+    ("mixtral", {"sliding_window": 4096}, "'sliding_window' = 4096 is not implemented; supported: None"),
+    ("mixtral", {"router_jitter_noise": 0.1}, "'router_jitter_noise' = 0.1 is not implemented"),
+    ("mixtral", {"num_local_experts": ...}, "'num_local_experts' is missing"),
     ("qwen3", {"head_dim": ..., "rms_norm_eps": ...}, "'rms_norm_eps' is missing; 'head_dim' is missing"),
     ("qwen3", {"num_experts": 8}, "'num_experts' = 8 is not known"),
     ("qwen3_moe", {"attention_bias": True}, "'attention_bias' = True is not implemented"),

@@ -34,6 +34,8 @@ def assert_covered(hf, parallel):
                 local = np.zeros(local_shape(pieces), int)
                 for piece in pieces:
                     local[piece.local_index] += 1
+                    end = piece.local_index[0].stop
+                    local[end : end + piece.padding] += 1
                     assert local[piece.local_index].shape == written[piece.hf_name][piece.hf_index].shape
                     if piece.primary:
                         written[piece.hf_name][piece.hf_index] += 1
@@ -44,10 +46,10 @@ def assert_covered(hf, parallel):
 
 @pytest.mark.parametrize("model_type", TINY)
 @settings(max_examples=100)
-@given(data=st.data(), tied=st.booleans())
-def test_primary_pieces_cover_every_element_once_and_locals_are_tiled(model_type, data, tied):
-    hf = tiny_config(model_type, tie_word_embeddings=tied)
-    assert_covered(hf, data.draw(layouts([1, 2], 32, experts=model_type != "qwen3")))
+@given(data=st.data(), tied=st.booleans(), vocabulary=st.integers(4, 131))
+def test_primary_pieces_cover_every_element_once_and_locals_are_tiled(model_type, data, tied, vocabulary):
+    hf = tiny_config(model_type, tie_word_embeddings=tied, vocab_size=vocabulary)
+    assert_covered(hf, data.draw(layouts([1, 2], 32, experts="moe" in model_type or model_type == "mixtral")))
 
 
 @settings(max_examples=200)
@@ -66,26 +68,72 @@ def test_ranks_lie_where_megatron_puts_them(parallel):
             assert [getattr(coordinates(parallel, rank), name) for rank in group] == list(range(len(group)))
 
 
+def transformer_config(layers, parallel, **fields):
+    import torch
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    return TransformerConfig(
+        num_layers=layers, hidden_size=8, num_attention_heads=1, pipeline_model_parallel_size=parallel.pp,
+        virtual_pipeline_model_parallel_size=parallel.vpp if parallel.vpp > 1 else None,
+        pipeline_dtype=torch.float32, **fields)
+
+
 @settings(max_examples=50)
 @given(pp=st.integers(1, 5), vpp=st.integers(1, 4), each=st.integers(1, 3))
 def test_layers_lie_where_megatron_puts_them(pp, vpp, each):
-    import torch
     from megatron.core.transformer.transformer_block import get_num_layers_to_build
-    from megatron.core.transformer.transformer_config import TransformerConfig
     from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
     assume(pp > 1 or vpp == 1)
-    layers = pp * vpp * each
-    config = TransformerConfig(
-        num_layers=layers, hidden_size=8, num_attention_heads=1, pipeline_model_parallel_size=pp,
-        virtual_pipeline_model_parallel_size=vpp if vpp > 1 else None, pipeline_dtype=torch.float32)
-    parallel = ParallelConfig(world_size=pp, tp=1, pp=pp, vpp=vpp)
+    layers, parallel = pp * vpp * each, ParallelConfig(world_size=pp, tp=1, pp=pp, vpp=vpp)
+    config = transformer_config(layers, parallel)
     for rank in range(pp):
         for chunk in range(vpp):
             stage = chunk if vpp > 1 else None
             start = get_transformer_layer_offset(config, stage, rank)
             assert stage_layers(layers, parallel, rank, chunk) == range(
                 start, start + get_num_layers_to_build(config, stage, rank))
+
+
+@settings(max_examples=200)
+@given(pp=st.integers(2, 8), vpp=st.integers(1, 4), layers=st.integers(2, 100))
+def test_layers_that_stages_do_not_divide(pp, vpp, layers):
+    """Each in its place, balanced over ranks, and as Megatron-core reads the layout that it is given."""
+    from megatron.core.transformer.enums import LayerType
+
+    assume(layers >= pp * vpp)
+    hf = tiny_config("qwen3") | {"num_hidden_layers": layers}
+    hf.pop("layer_types")
+    parallel = ParallelConfig(world_size=pp, tp=1, pp=pp, vpp=vpp)
+    assert not layout_problems(hf, parallel)
+    held = {(chunk, rank): stage_layers(layers, parallel, rank, chunk) for chunk in range(vpp) for rank in range(pp)}
+    assert [layer for stage in sorted(held) for layer in held[stage]] == list(range(layers))
+    sizes = [len(stage) for stage in held.values()]
+    ranks = [sum(len(held[chunk, rank]) for chunk in range(vpp)) for rank in range(pp)]
+    assert max(sizes) - min(sizes) <= 1 and max(ranks) - min(ranks) <= 1
+    assert sizes[-1] == min(sizes) and ranks[-1] == min(ranks)
+    layout = transformer_config(
+        layers, parallel,
+        pipeline_model_parallel_layout=family(hf).pipeline_layout(hf, parallel)).pipeline_model_parallel_layout
+    for (chunk, rank), stage in held.items():
+        assert layout.layout[rank][chunk].count(LayerType.decoder) == len(stage)
+
+
+@pytest.mark.parametrize(("layers", "pp", "vpp", "expected"), [
+    (61, 4, 1, [[15], [15], [16], [15]]), (62, 4, 1, [[15], [16], [16], [15]]), (5, 2, 1, [[3], [2]]),
+    (5, 4, 1, [[1], [1], [2], [1]]), (61, 4, 2, [[7, 8], [7, 8], [8, 8], [8, 7]]),
+])
+def test_where_the_longer_stages_are(layers, pp, vpp, expected):
+    parallel = ParallelConfig(world_size=pp, tp=1, pp=pp, vpp=vpp)
+    assert [[len(stage_layers(layers, parallel, rank, chunk)) for chunk in range(vpp)]
+            for rank in range(pp)] == expected
+
+
+@pytest.mark.parametrize("layout", [{"pp": 4}, {"pp": 4, "vpp": 3}, {"tp": 2, "pp": 4}, {"pp": 60}], ids=str)
+def test_61_layers(layout):
+    ranks = layout["pp"] * layout.get("tp", 1)
+    hf = tiny_config("qwen2", num_hidden_layers=61, layer_types=["full_attention"] * 61, vocab_size=131)
+    assert_covered(hf, ParallelConfig(**{"world_size": ranks, "tp": 1} | layout))
 
 
 def local(hf, parallel, rank, chunk=0):
@@ -132,11 +180,36 @@ def test_first_and_last_chunk_hold_the_ends_of_the_model():
     assert "decoder.layers.0.mlp.linear_fc1.weight" in local(hf, parallel, 0, 1)
 
 
+def test_vocabulary_is_padded_where_ranks_do_not_divide_it():
+    hf, parallel = tiny_config("qwen3", vocab_size=131), ParallelConfig(world_size=2, tp=2)
+    assert family(hf).gpt_model(hf, parallel)["vocab_size"] == 132
+    for rank, rows, padding in ((0, slice(0, 66), 0), (1, slice(66, 131), 1)):
+        for name in ("embedding.word_embeddings.weight", "output_layer.weight"):
+            (piece,) = local(hf, parallel, rank)[name]
+            assert (piece.hf_index[0], piece.padding) == (rows, padding)
+            assert local_shape([piece]) == (66, 32)
+
+
+@settings(max_examples=300)
+@given(vocabulary=st.integers(1, 200), tp=st.integers(1, 16))
+def test_every_rank_holds_a_token_or_the_layout_is_refused(vocabulary, tp):
+    hf = tiny_config("qwen3") | {"vocab_size": vocabulary, "num_attention_heads": tp, "num_key_value_heads": tp,
+                                 "intermediate_size": tp}
+    problems = layout_problems(hf, ParallelConfig(world_size=tp, tp=tp))
+    each = -(-vocabulary // tp)
+    held = [len(range(vocabulary)[rank * each : (rank + 1) * each]) for rank in range(tp)]
+    assert bool(problems) == (0 in held)
+    if problems:
+        assert f"tp = {tp} leaves a rank without any of the vocab_size = {vocabulary}" in problems[0]
+    if tp * tp <= vocabulary:
+        assert not problems
+
+
 @pytest.mark.parametrize(("model_type", "layout", "words"), [
     ("qwen3", {"tp": 4}, ["tp = 4 does not divide", "num_key_value_heads = 2", "[1, 2]"]),
-    ("qwen3", {"tp": 3}, ["tp = 3 does not divide", "vocab_size = 64", "num_attention_heads = 4"]),
-    ("qwen3", {"tp": 1, "pp": 3}, ["pp = 3 does not divide", "num_hidden_layers = 4", "[1, 2, 4]"]),
-    ("qwen3", {"tp": 1, "pp": 2, "vpp": 4}, ["vpp = 4 does not divide", "num_hidden_layers / pp = 4 / 2", "[1, 2]"]),
+    ("qwen3", {"tp": 3}, ["tp = 3 does not divide", "num_key_value_heads = 2", "num_attention_heads = 4"]),
+    ("qwen3", {"tp": 1, "pp": 5}, ["pp = 5 is more than", "num_hidden_layers = 4", "1 … 4"]),
+    ("qwen3", {"tp": 1, "pp": 2, "vpp": 4}, ["vpp = 4 makes pp * vpp = 8 stages", "num_hidden_layers = 4", "1 … 2"]),
     ("qwen3", {"tp": 2, "ep": 2}, ["ep = 2 divides experts", "has none", "[1]"]),
     ("qwen3", {"tp": 2, "etp": 2}, ["etp = 2 divides experts", "has none", "[1]"]),
     ("qwen3_moe", {"tp": 1, "cp": 3, "ep": 3}, ["ep = 3 does not divide num_experts = 8", "[1, 2, 4, 8]"]),

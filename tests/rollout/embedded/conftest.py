@@ -10,7 +10,13 @@ from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3MoeConfig,
@@ -34,11 +40,17 @@ SHAPE = dict(
     initializer_range=0.15,
 )
 MIXTURE = dict(moe_intermediate_size=32, num_experts=4, num_experts_per_tok=2)
+LLAMA3 = dict(rope_type="llama3", rope_theta=10000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+              original_max_position_embeddings=64)
 FAMILIES = {
     "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SHAPE, tie_word_embeddings=True)),
     "qwen3_untied": lambda: Qwen3ForCausalLM(Qwen3Config(**SHAPE, tie_word_embeddings=False)),
     "qwen3_moe": lambda: Qwen3MoeForCausalLM(Qwen3MoeConfig(**SHAPE, **MIXTURE)),
-    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SHAPE | dict(num_key_value_heads=4), bos_token_id=1)),
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(
+        **SHAPE | dict(num_key_value_heads=4), bos_token_id=1, rope_parameters=LLAMA3)),
+    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SHAPE, tie_word_embeddings=True)),
+    "mistral": lambda: MistralForCausalLM(MistralConfig(**SHAPE, sliding_window=None)),
+    "mixtral": lambda: MixtralForCausalLM(MixtralConfig(**SHAPE, num_local_experts=4)),
 }
 
 
@@ -59,8 +71,9 @@ def family(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def make_engine(folders):
-    def make(family: str = "qwen3", *, slots: int = 8, max_context: int = 256) -> EmbeddedEngine:
-        return EmbeddedEngine(str(folders[family]), name="test-engine", slots=slots, max_context=max_context)
+    def make(family: str = "qwen3", *, slots: int = 8, max_context: int = 256, **arguments) -> EmbeddedEngine:
+        return EmbeddedEngine(
+            str(folders[family]), name="test-engine", slots=slots, max_context=max_context, **arguments)
 
     return make
 

@@ -34,6 +34,13 @@ def test_checksums_are_those_of_the_checkpoint(make_engine, folders, family):
     assert make_engine(family).checksums() == expected
 
 
+def test_an_engine_without_weights_waits_for_the_same_tensors(make_engine, folders, publish, family):
+    engine = make_engine(family, load_weights=False)
+    engine.update_weights(publish(checkpoint(folders, family)), version=1)
+    assert engine.checksums() == make_engine(family).checksums()
+    assert greedy(engine, "r") == greedy(make_engine(family), "r")
+
+
 def test_update_in_place(make_engine, folders, reference, publish, family):
     engine, model = make_engine(family), reference(family)
     before = greedy(engine, "r")

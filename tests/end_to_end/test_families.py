@@ -1,0 +1,28 @@
+"""Engine and learner of one policy agree: rotary frequencies, a padded vocabulary, stages of unequal length."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+from pbsd_process import ROOT, SMALL
+from tiny_models import make_tiny
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.mark.parametrize(("model_type", "changes", "layout"), [
+    ("llama", {}, {"tp": 2}),
+    ("qwen2", {"tie_word_embeddings": True, "num_hidden_layers": 5}, {"tp": 1, "pp": 2}),
+    ("mistral", {"num_hidden_layers": 5}, {"tp": 1, "pp": 2, "vpp": 2}),
+])
+def test_policy_of_the_engine_is_that_of_the_learner(pbsd, tmp_path, model_type, changes, layout):
+    folder = make_tiny(model_type, tmp_path / model_type, vocab_size=2049, max_position_embeddings=1024, **changes)
+    shutil.copy(ROOT / "assets" / "search_qa_base" / "tokenizer.json", folder)
+    sizes = [word for key, size in layout.items() for word in (f"--learner.parallel.{key}", str(size))]
+    run = pbsd(model_type, *SMALL, "--steps", "2", "--model.path", str(folder), *sizes,
+               "--learner.recompute_log_probs", "always")
+    for row in run.succeed()[1:]:
+        assert row["loss/mismatch_max_abs"] < 1e-3
+        assert row["weights/probe_max_abs"] < 1e-4
+        assert row["loss/ratio_max"] == pytest.approx(1, abs=1e-3)
