@@ -150,7 +150,11 @@ def assemble(folder: Path, names: Sequence[str]) -> dict[str, str]:
             offset, size = torch.Size(entry.offset), torch.Size(entry.size)
             tensor = tensors.setdefault(entry.key, TensorStorageMetadata(
                 TensorProperties(dtype=entry.dtype), torch.Size(entry.shape), []))
-            stored[MetadataIndex(entry.key, offset, len(tensor.chunks))] = where
+            index = MetadataIndex(entry.key, offset, len(tensor.chunks))
+            if index in stored:
+                raise CheckpointError(f"{folder}: {entry.key} at {entry.offset} is in {stored[index].relative_path} "
+                                      f"and in {entry.file}")
+            stored[index] = where
             tensor.chunks.append(ChunkStorageMetadata(offset, size))
     write_synced(folder / METADATA, pickle.dumps(Metadata(tensors, None, stored, StorageMeta())))
     write_synced(folder / BACKEND, json.dumps({
@@ -262,11 +266,12 @@ class Reader:
         """Whether the bytes of a part, or object, are those that were written; torch.save left checksums of them."""
         try:
             archive = _Slice(self._map(entry.file).data, entry.start, entry.length)
+            elements = None if entry.shape is None else self._payload(entry)
             with zipfile.ZipFile(archive) as opened:
                 for record in opened.infolist():
-                    if entry.shape is None or not record.filename.endswith(ELEMENTS):
+                    if elements is None or not record.filename.endswith(ELEMENTS):
                         opened.read(record)
-                    elif self._crc(entry.file, *self._payload(entry)) != record.CRC:
+                    elif self._crc(entry.file, *elements) != record.CRC:
                         return False
             return True
         except Exception:

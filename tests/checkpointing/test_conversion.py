@@ -29,9 +29,12 @@ from megatron_pbsd.config import ParallelConfig
 from megatron_pbsd.errors import PbsdError
 
 SMALL = {"piece_bytes": 1000}
+DENSE = ParallelConfig(world_size=4, tp=2, pp=2)
 LAYOUTS = {
-    "qwen3": ParallelConfig(world_size=4, tp=2, pp=2), "qwen3_moe": ParallelConfig(world_size=4, tp=1, pp=2, vpp=2, ep=2),
+    "mixtral": ParallelConfig(world_size=4, tp=2, ep=4),
+    "qwen3_moe": ParallelConfig(world_size=4, tp=1, pp=2, vpp=2, ep=2),
     "glm4_moe": ParallelConfig(world_size=4, tp=2, ep=2, pp=2)}
+"""DENSE for the others."""
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +98,7 @@ def test_transformers_loads_an_export(models, tmp_path):
 def test_other_files_hold_the_same(models, tmp_path, model_type):
     """One per rank, then three, then a Hugging Face folder."""
     hf, megatron = models[model_type]
-    layout = LAYOUTS[model_type]
+    layout = LAYOUTS.get(model_type, DENSE)
     convert(Reshard(megatron, layout, **SMALL), tmp_path / "ranks")
     reader = Reader(locate(tmp_path / "ranks"))
     assert {p.file for t in reader.tensors.values() for p in t.parts} == {f"__{i}_0.distcp" for i in range(4)}
@@ -110,7 +113,7 @@ def test_other_files_hold_the_same(models, tmp_path, model_type):
 
 
 def run_checkpoint(folder, hf):
-    """A checkpoint as a run keeps it: with optimizer state, a value head, a generator's state, and padded vocabulary."""
+    """A checkpoint as runs have them: with optimizer state, a value head, a generator's state and padded vocabulary."""
     source = Reader(locate(hf))
     folder.mkdir()
     writer, padding = Writer(folder, "__0_0"), {}
@@ -124,7 +127,8 @@ def run_checkpoint(folder, hf):
     writer.tensor("value_head.weight", (1, 32), (0, 0), torch.rand(1, 32))
     writer.object("rng/0", {"torch": torch.get_rng_state()})
     writer.close()
-    write_common(folder, {"layout": {"tp": 2}, "model": json.loads((locate(hf) / "hf/config.json").read_text()), "x": 1})
+    model = json.loads((locate(hf) / "hf/config.json").read_text())
+    write_common(folder, {"layout": {"tp": 2}, "model": model, "x": 1})
     assemble(folder, ["__0_0"])
     return folder
 
@@ -176,7 +180,7 @@ FC2 = "decoder.layers.1.mlp.linear_fc2.weight"
 
 
 @pytest.mark.parametrize(("change", "words"), [
-    (lambda f: change_config(f, model_type="qwen33"), "model_type = 'qwen33' is not implemented; .*did you mean 'qwen3'"),
+    (lambda f: change_config(f, model_type="qwen33"), "'qwen33' is not implemented; .*did you mean 'qwen3'"),
     (lambda f: change_config(f, num_hidden_layers=5, layer_types=["full_attention"] * 5),
      r"(?s)11 problems:.*weights in .*: model.layers.4.input_layernorm.weight is missing.*layers.4.mlp"),
     (lambda f: change_config(f, intermediate_size=40), r"gate_proj.weight has shape \(48, 32\), .* implies \(40, 32\)"),
@@ -220,15 +224,16 @@ def test_too_little_space_is_said_before(models, tmp_path, monkeypatch):
 
 
 def flip(path, needle):
-    """One bit in the middle of where these bytes stand."""
+    """One bit in the middle of where these bytes stand, in a file."""
     data = bytearray(path.read_bytes())
     data[data.index(needle) + len(needle) // 2] ^= 4
     path.write_bytes(data)
 
 
 def elements(megatron, key):
+    """Bytes of the first part of a tensor."""
     reader = Reader(locate(megatron))
-    return reader.read(key, tuple(slice(0, n) for n in reader.tensors[key].shape)).numpy().tobytes()
+    return reader.part(reader.tensors[key].parts[0]).numpy().tobytes()
 
 
 def test_flipped_bits_in_a_checkpoint_are_all_named(models, tmp_path):
@@ -251,7 +256,8 @@ def test_flipped_bits_in_a_checkpoint_are_all_named(models, tmp_path):
     (lambda f: (f / "metadata.json").unlink(), "is no checkpoint"),
     (lambda f: (f / ".metadata").unlink(), r"\.metadata is missing or damaged"),
     (lambda f: flip(f / "common.pt", b"content_metadata"), "common.pt is missing or damaged"),
-    (lambda f: flip(f / ".metadata", b"decoder.final_layernorm.weight"), r"\.metadata is missing or damaged|is missing"),
+    (lambda f: flip(f / ".metadata", b"decoder.final_layernorm.weight"),
+     r"\.metadata is missing or damaged|is missing"),
     (lambda f: change_config(f / "hf", num_hidden_layers=3, layer_types=["full_attention"] * 3),
      "decoder.layers.3.mlp.linear_fc1.weight .* is unexpected"),
     (lambda f: change_config(f / "hf", intermediate_size=24), r"linear_fc2.weight has shape \[32, 48\], .*\[32, 24\]"),
@@ -267,8 +273,8 @@ def test_bad_checkpoints_are_named(models, tmp_path, change, words):
 def test_the_wrong_model_is_named(models, tmp_path):
     with pytest.raises(CheckpointError, match="is of a qwen3 model, .* of a glm4_moe one"):
         convert(ToHf(models["glm4_moe"][1], config=models["qwen3"][0]), tmp_path / "target")
-    with pytest.raises(CheckpointError, match="is no checkpoint: .*; did you mean megatron/release"):
-        locate(models["qwen3"][1].parent.parent / models["qwen3"][1].parent.name)
+    with pytest.raises(CheckpointError, match="is no checkpoint: .*; did you mean megatron?"):
+        locate(models["qwen3"][1].parent)
 
 
 def test_flipped_bits_in_a_folder_with_checksums_are_named(models, tmp_path):
@@ -283,7 +289,8 @@ def test_flipped_bits_in_a_folder_with_checksums_are_named(models, tmp_path):
 
 def test_differences_are_named(models, tmp_path):
     hf = copy(models["qwen3"][0], tmp_path / "hf")
-    change_weights(hf, lambda w: w.update({QKV: -w[QKV], "x": torch.zeros(1), "lm_head.weight": w["lm_head.weight"][1:]}))
+    change_weights(hf, lambda w: w.update(
+        {QKV: -w[QKV], "x": torch.zeros(1), "lm_head.weight": w["lm_head.weight"][1:]}))
     found, _ = differences(hf, models["qwen3"][0])
     assert sorted(found) == [
         f"lm_head.weight is float32 [63, 32] in {hf}, float32 [64, 32] in {models['qwen3'][0]}",
@@ -346,7 +353,7 @@ def trials(tmp_path, models, count, seed):
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}, capture_output=True, text=True, check=False)
 
 
-@pytest.mark.parametrize("count", [15, pytest.param(300, marks=pytest.mark.layouts)])
+@pytest.mark.parametrize("count", [15, pytest.param(50, marks=pytest.mark.slow)])
 def test_a_killed_conversion_leaves_none_and_is_continued(models, tmp_path, count):
     done = trials(tmp_path, models, count, seed=count)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -16,7 +16,8 @@ from megatron_pbsd.models.errors import ModelError
 
 TENSORS = {
     "a.weight": torch.arange(12.0).view(3, 4), "b": torch.arange(5, dtype=torch.bfloat16),
-    "c": torch.tensor(7, dtype=torch.int64), "d": torch.zeros(0, 3), "e": torch.arange(6, dtype=torch.float16).view(2, 3)}
+    "c": torch.tensor(7, dtype=torch.int64), "d": torch.zeros(0, 3),
+    "e": torch.arange(6, dtype=torch.float16).view(2, 3)}
 
 
 def whole(shape):

@@ -183,12 +183,17 @@ def test_truncation_is_named(written):
 @pytest.mark.parametrize(("boxes", "words"), [
     ([(slice(0, 2),)], r"x of shape \(4,\) lacks parts"),
     ([(slice(0, 3),), (slice(2, 4),)], r"x of shape \(4,\) has parts that overlap"),
-    ([(slice(0, 2),), (slice(0, 2),), (slice(2, 4),)], r"has parts that overlap"),
+    ([(slice(0, 2),), (slice(1, 2),), (slice(2, 4),)], r"has parts that overlap"),
 ])
 def test_parts_that_do_not_tile_a_tensor_are_named(tmp_path, boxes, words):
     write(tmp_path / "c", [("x", torch.arange(4), boxes)])
     (problem,) = Reader(tmp_path / "c").incomplete()
     assert re.search(words, problem)
+
+
+def test_a_part_that_is_written_twice_is_named(tmp_path):
+    with pytest.raises(CheckpointError, match=r"x at \(0,\) is in __0_0.distcp and in __1_0.distcp"):
+        write(tmp_path / "c", [("x", torch.arange(4), [(slice(0, 2),), (slice(0, 4),)])])
 
 
 def test_missing_elements_and_names_are_named(tmp_path):

@@ -41,7 +41,7 @@ def locate(folder: Path) -> Path:
             raise CheckpointError(f"{folder / pointer} names {inner.name}, which does not exist")
     if (folder / "learner" / BACKEND).is_file():
         return folder / "learner"
-    inside = sorted(str(p.parent.relative_to(folder)) for p in folder.glob(f"*/{BACKEND}"))
+    inside = sorted(path.parent.name for name in (BACKEND, TRACKER, "latest") for path in folder.glob(f"*/{name}"))
     raise CheckpointError(
         f"{folder} is no checkpoint: it has neither {BACKEND} nor {TRACKER}"
         + ("" if folder.is_dir() else "; it does not exist")
