@@ -23,7 +23,7 @@ from typing import Any
 import torch
 import xxhash
 
-from megatron_pbsd.checkpointing.files import HashedFile, MappedFile, write_synced
+from megatron_pbsd.checkpointing.files import HashedFile, MappedFile
 from megatron_pbsd.models.errors import ModelError
 from megatron_pbsd.models.parameters import Index
 
@@ -171,11 +171,11 @@ def write_index(folder: Path, files: Mapping[str, Iterable[str]], nbytes: int, c
     several, and the checksums if any."""
     if set(files) != {SINGLE}:
         weight_map = {name: file for file, names in files.items() for name in names}
-        write_synced(folder / INDEX, json.dumps(
-            {"metadata": {"total_size": nbytes}, "weight_map": weight_map}, indent=1, sort_keys=True).encode())
+        (folder / INDEX).write_text(json.dumps(
+            {"metadata": {"total_size": nbytes}, "weight_map": weight_map}, indent=1, sort_keys=True))
     if checksums:
-        write_synced(folder / CHECKSUMS, json.dumps({"xxh3_128": "of each tensor's bytes", "tensors": dict(checksums)},
-                                                    indent=1).encode())
+        (folder / CHECKSUMS).write_text(json.dumps(
+            {"xxh3_128": "of each tensor's bytes", "tensors": dict(checksums)}, indent=1))
 
 
 def shard_names(count: int) -> list[str]:

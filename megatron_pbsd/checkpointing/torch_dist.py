@@ -20,7 +20,6 @@ import os
 import pickle
 import struct
 import zipfile
-import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import prod
@@ -29,6 +28,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from isal.isal_zlib import crc32
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
@@ -40,6 +40,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from megatron_pbsd.checkpointing import archive
 from megatron_pbsd.checkpointing.errors import CheckpointError
 from megatron_pbsd.checkpointing.files import HashedFile, MappedFile, write_synced
 
@@ -87,23 +88,24 @@ class Writer:
     def tensor(self, key: str, shape: Sequence[int], offset: Sequence[int], part: torch.Tensor) -> None:
         """`part` of the tensor `key` of this shape begins at `offset`; leading axes of size 1 may be left out."""
         size = (1,) * (len(shape) - part.dim()) + tuple(part.shape)
-        # torch.save writes all that a tensor is a view of.
-        part = part.detach().cpu().contiguous().view(size)
-        if part.untyped_storage().nbytes() != part.nbytes:
-            part = part.clone()
-        start, length = self._save(part)
+        # Elements that begin at multiples of their size are read without a copy.
+        self._stream.write(bytes(-self._stream.tell() % archive.ALIGNMENT))
+        start = self._stream.tell()
+        archive.save(part.detach().cpu().contiguous().view(size), self._stream)
+        length = self._stream.tell() - start
         self.entries.append(
             Entry(key, self.file, start, length, tuple(shape), part.dtype, tuple(offset), size))
 
     def object(self, key: str, value: Any) -> None:
-        start, length = self._save(value)
-        self.entries.append(Entry(key, self.file, start, length))
+        start = self._stream.tell()
+        torch.save(value, self._stream)
+        self.entries.append(Entry(key, self.file, start, self._stream.tell() - start))
 
-    def copy(self, entry: Entry, archive: memoryview) -> None:
+    def copy(self, entry: Entry, saved: memoryview) -> None:
         """An object as another checkpoint has it."""
         start = self._stream.tell()
-        self._stream.write(archive)
-        self.entries.append(Entry(entry.key, self.file, start, len(archive)))
+        self._stream.write(saved)
+        self.entries.append(Entry(entry.key, self.file, start, len(saved)))
 
     def close(self) -> None:
         """Sync to disk, and then say so in a file beside it."""
@@ -113,11 +115,6 @@ class Writer:
         unfinished.write_text(json.dumps({"checksum": checksum, "entries": [
             {**asdict(e), "dtype": e.dtype and str(e.dtype).removeprefix("torch.")} for e in self.entries]}))
         unfinished.rename(listing)
-
-    def _save(self, value: Any) -> tuple[int, int]:
-        start = self._stream.tell()
-        torch.save(value, self._stream)
-        return start, self._stream.tell() - start
 
 
 def unfinished(folder: Path, names: Iterable[str]) -> list[str]:
@@ -186,7 +183,7 @@ class Reader:
         self.tensors: dict[str, Stored] = {}
         self.objects: dict[str, Entry] = {}
         self._maps: dict[str, MappedFile] = {}
-        self._payloads: dict[Entry, tuple[int, int]] = {}
+        self._starts: dict[Entry, int] = {}
         for entry in _indexed(folder) if entries is None else entries:
             if entry.shape is None:
                 self.objects[entry.key] = entry
@@ -218,17 +215,17 @@ class Reader:
 
     def part(self, part: Entry) -> torch.Tensor:
         """A stored part; a view of the file, not to be written to."""
-        if part not in self._payloads:
-            start, length = self._payload(part)
+        if part not in self._starts:
+            start, length, checksum = self._elements(part)
             size = prod(part.size) * part.dtype.itemsize
             if length != size:
                 raise CheckpointError(f"{self.folder / part.file}: {part.key} at {part.offset} has {length} bytes, "
                                       f"{size} are expected of {part.dtype} {part.size}")
-            if self.checked and not self.intact(part):
+            if self.checked and self._crc(part.file, start, length) != checksum:
                 raise CheckpointError(f"{self.folder / part.file}: {part.key} at {part.offset} is damaged: its "
                                       "checksum is not that of what was written")
-            self._payloads[part] = start, length
-        return self._map(part.file).tensor(part.dtype, part.size, self._payloads[part][0])
+            self._starts[part] = start
+        return self._map(part.file).tensor(part.dtype, part.size, self._starts[part])
 
     def release(self) -> None:
         """Let go of the pages that were read; they come back when they are read again."""
@@ -265,15 +262,15 @@ class Reader:
     def intact(self, entry: Entry) -> bool:
         """Whether the bytes of a part, or object, are those that were written; torch.save left checksums of them."""
         try:
-            archive = _Slice(self._map(entry.file).data, entry.start, entry.length)
-            elements = None if entry.shape is None else self._payload(entry)
-            with zipfile.ZipFile(archive) as opened:
+            saved = _Slice(self._map(entry.file).data, entry.start, entry.length)
+            with zipfile.ZipFile(saved) as opened:
                 for record in opened.infolist():
-                    if elements is None or not record.filename.endswith(ELEMENTS):
+                    if entry.shape is None or not record.filename.endswith(ELEMENTS):
                         opened.read(record)
-                    elif self._crc(entry.file, *elements) != record.CRC:
-                        return False
-            return True
+            if entry.shape is None:
+                return True
+            *where, checksum = self._elements(entry)
+            return self._crc(entry.file, *where) == checksum
         except Exception:
             return False
 
@@ -297,15 +294,15 @@ class Reader:
                 raise CheckpointError(f"{path} is missing or empty: {error}") from error
         return self._maps[file]
 
-    def _payload(self, part: Entry) -> tuple[int, int]:
-        """Where in the file the elements begin, and how many bytes they take."""
-        archive = _Slice(self._map(part.file).data, part.start, part.length)
+    def _elements(self, part: Entry) -> tuple[int, int, int]:
+        """Where in the file the elements begin, how many bytes they take, and their CRC-32 when they were written."""
+        saved = _Slice(self._map(part.file).data, part.start, part.length)
         try:
-            with zipfile.ZipFile(archive) as opened:
+            with zipfile.ZipFile(saved) as opened:
                 record = next(info for info in opened.infolist() if info.filename.endswith(ELEMENTS))
             # A local header's name and padding are of lengths that it tells itself.
             header = part.start + record.header_offset
-            name, extra = struct.unpack_from("<HH", archive.data, header + 26)
+            name, extra = struct.unpack_from("<HH", saved.data, header + 26)
             start = header + 30 + name + extra
             if record.compress_type != zipfile.ZIP_STORED or start + record.file_size > part.start + part.length:
                 raise zipfile.BadZipFile("its elements are not where they should be")
@@ -314,7 +311,7 @@ class Reader:
             raise CheckpointError(
                 f"{self.folder / part.file}: {part.key} at {part.offset} is truncated or damaged: "
                 f"{str(error) or repr(error)}") from error
-        return start, record.file_size
+        return start, record.file_size, record.CRC
 
     def _crc(self, file: str, start: int, length: int) -> int:
         """A step at a time, so that few pages are held."""
@@ -322,7 +319,7 @@ class Reader:
         with memoryview(mapped.data) as data:
             for at in range(start, start + length, STEP):
                 with data[at : min(at + STEP, start + length)] as values:
-                    found = zlib.crc32(values, found)
+                    found = crc32(values, found)
                 if length > STEP:
                     mapped.release()
         return found

@@ -15,6 +15,7 @@ import os
 import shutil
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import connection
@@ -25,7 +26,7 @@ import torch
 
 from megatron_pbsd.checkpointing.conversion.plan import Conversion, digests_path, require
 from megatron_pbsd.checkpointing.errors import CheckpointError
-from megatron_pbsd.checkpointing.files import sync, write_synced
+from megatron_pbsd.checkpointing.files import sync
 from megatron_pbsd.errors import PbsdError
 
 PLAN, LOCK = "plan.json", "lock"
@@ -33,6 +34,8 @@ WORTH_A_PROCESS = 1 << 30
 """Bytes; starting a process takes about as long as converting these."""
 MARGIN = 16 << 20
 """Bytes that indices and configuration may take."""
+SYNCS = 8
+"""At a time."""
 REPORT_S = 0.2
 Progress = Callable[[int, int], None]
 """(bytes done, bytes in all); every byte counts twice, when it is written and when it is checked."""
@@ -76,8 +79,8 @@ def convert(
         except OSError as error:
             raise _explained(error, partial, total) from error
         (partial / PLAN).unlink()
-        for path in (*(p for p in partial.rglob("*") if p.is_dir()), partial):
-            sync(path)
+        with ThreadPoolExecutor(SYNCS) as pool:  # the file system takes those that come together as one
+            list(pool.map(sync, (*partial.rglob("*"), partial)))
         (partial / LOCK).unlink()
         partial.rename(target)
         sync(target.parent)
@@ -100,7 +103,7 @@ def _claimed(partial: Path, identity: dict[str, Any]) -> Iterator[None]:
                     shutil.rmtree(path)
                 elif path.name != LOCK:
                     path.unlink()
-            write_synced(partial / PLAN, plan.encode())
+            (partial / PLAN).write_text(plan)
         yield
 
 

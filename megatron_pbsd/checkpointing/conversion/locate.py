@@ -14,7 +14,6 @@ from typing import Any
 import xxhash
 
 from megatron_pbsd.checkpointing.errors import CheckpointError
-from megatron_pbsd.checkpointing.files import write_synced
 from megatron_pbsd.checkpointing.hf_folder import CHECKSUMS, INDEX, SINGLE
 from megatron_pbsd.checkpointing.torch_dist import BACKEND, COMMON, METADATA, Reader
 from megatron_pbsd.models.hf_config import read
@@ -94,10 +93,10 @@ def changed_index(checkpoint: Path) -> list[str]:
 def write_checksums(checkpoint: Path, parts: Mapping[str, str], tensors: Mapping[str, str]) -> None:
     """Of a checkpoint's files (xxh3_128 of their content; `parts` has those of the large ones), and of the Hugging Face
     tensors in them."""
-    write_synced(checkpoint / CHECKSUMS, json.dumps({
+    (checkpoint / CHECKSUMS).write_text(json.dumps({
         "xxh3_128": "of each file, and of each Hugging Face tensor's bytes",
         "files": dict(parts) | {name: _checksum(checkpoint / name) for name in BESIDE},
-        "tensors": dict(tensors)}, indent=1).encode())
+        "tensors": dict(tensors)}, indent=1))
 
 
 def with_dtype(hf: dict[str, Any], dtype: str | None) -> dict[str, Any]:
@@ -108,7 +107,7 @@ def with_dtype(hf: dict[str, Any], dtype: str | None) -> dict[str, Any]:
 
 
 def write_config(folder: Path, hf: dict[str, Any]) -> None:
-    write_synced(folder / "config.json", (json.dumps(hf, indent=2) + "\n").encode())
+    (folder / "config.json").write_text(json.dumps(hf, indent=2) + "\n")
 
 
 def _checksum(path: Path) -> str | None:

@@ -13,7 +13,6 @@ import torch
 import xxhash
 
 from megatron_pbsd.checkpointing.errors import CheckpointError
-from megatron_pbsd.checkpointing.files import write_synced
 from megatron_pbsd.checkpointing.hf_folder import raw
 
 Item = TypeVar("Item")
@@ -143,10 +142,10 @@ def digests_path(folder: Path, name: str) -> Path:
 
 
 def write_digests(folder: Path, name: str, digests: Mapping[str, str]) -> None:
-    """Complete or absent; written after the file itself."""
+    """Written after the file itself: what they say is compared with it before it is relied on."""
     path = digests_path(folder, name)
     unfinished = path.with_suffix(".new")
-    write_synced(unfinished, json.dumps(digests).encode())
+    unfinished.write_text(json.dumps(digests))
     unfinished.rename(path)
 
 
