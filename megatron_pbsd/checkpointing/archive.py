@@ -1,6 +1,7 @@
 """What torch.save writes of one tensor, at the speed of the disk: torch's own takes most of its time for checksums.
 
-It is a zip archive without compression (PKWARE's APPNOTE 6.3): `data.pkl` describes the tensor, `data/0` has its elements.
+It is a zip archive without compression (PKWARE's APPNOTE 6.3): `data.pkl` describes the tensor, `data/0` has its
+elements.
 """
 
 from __future__ import annotations
