@@ -101,11 +101,11 @@ class Writer:
         torch.save(value, self._stream)
         self.entries.append(Entry(key, self.file, start, self._stream.tell() - start))
 
-    def copy(self, entry: Entry, saved: memoryview) -> None:
-        """An object as another checkpoint has it."""
+    def saved_object(self, key: str, saved: bytes | memoryview) -> None:
+        """What torch.save has made of an object."""
         start = self._stream.tell()
         self._stream.write(saved)
-        self.entries.append(Entry(entry.key, self.file, start, len(saved)))
+        self.entries.append(Entry(key, self.file, start, len(saved)))
 
     def close(self) -> None:
         """Sync to disk, and then say so in a file beside it."""
@@ -240,10 +240,9 @@ class Reader:
         except Exception as error:
             raise CheckpointError(f"{self.folder / entry.file}: {key} is damaged: {error}") from error
 
-    def archive(self, entry: Entry) -> memoryview:
-        """What torch.save wrote. CheckpointError when it is damaged."""
-        if not self.intact(entry):
-            raise CheckpointError(f"{self.folder / entry.file}: {entry.key} is damaged")
+    def saved_object(self, key: str) -> memoryview:
+        """What torch.save made of an object, damaged or not."""
+        entry = self.objects[key]
         return memoryview(self._map(entry.file).data)[entry.start : entry.start + entry.length]
 
     def common(self) -> dict[str, Any]:

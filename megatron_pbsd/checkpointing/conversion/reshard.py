@@ -87,8 +87,10 @@ class Reshard:
                 writer.tensor(key, tensor.shape, [s.start for s in step], part)
                 meter(part.nbytes)
         if name == next(iter(self._plan)):
-            for entry in self._reader.objects.values():
-                writer.copy(entry, self._reader.archive(entry))
+            for key, entry in self._reader.objects.items():
+                if not self._reader.intact(entry):
+                    raise CheckpointError(f"{self._folder / entry.file}: {key} is damaged")
+                writer.saved_object(key, self._reader.saved_object(key))
         writer.close()
         write_digests(folder, name, digests.hex())
 
@@ -101,9 +103,10 @@ class Reshard:
                 found.update(_id(key, box), part)
                 meter(part.nbytes)
         wanted = read_digests(folder, [name])
-        lost = self._reader.objects.keys() - reader.objects.keys() if name == next(iter(self._plan)) else ()
-        return [f"{folder / name}: {part} is not what was read" for part in (*found.differing(wanted), *lost)] + [
-            f"{folder / name}: {entry.key} is damaged" for entry in reader.objects.values() if not reader.intact(entry)]
+        objects = self._reader.objects if name == next(iter(self._plan)) else ()
+        lost = [key for key in objects if key not in reader.objects
+                or reader.saved_object(key) != self._reader.saved_object(key)]
+        return [f"{folder / name}: {part} is not what was read" for part in (*found.differing(wanted), *lost)]
 
     def discard(self, folder: Path, name: str) -> None:
         for path in (digests_path(folder, name), *folder.glob(f"{name}.*")):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -90,8 +91,10 @@ class ToMegatron:
                 writer.tensor(unit.key, unit.shape, (*unit.axes, rows.start, *[0] * (part.dim() - 1)), part)
                 meter(part.nbytes)
         if name == next(iter(self._plan)):
+            nothing = io.BytesIO()
+            torch.save([torch.empty(0, dtype=torch.uint8)], nothing)
             for key in extra_states(self._decoder):
-                writer.object(key, [torch.empty(0, dtype=torch.uint8)])
+                writer.saved_object(key, nothing.getvalue())
         require([f"{self.source / self._folder.tensors[tensor].file}: {tensor} is not what {CHECKSUMS} says"
                  for tensor in given.differing(recorded) if tensor in recorded])
         writer.close()
