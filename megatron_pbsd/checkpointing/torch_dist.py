@@ -389,9 +389,15 @@ def _metadata(folder: Path) -> Metadata:
         raise CheckpointError(f"{folder / METADATA} is missing or damaged: {error}") from error
 
 
-def _indexed(folder: Path) -> Iterator[Entry]:
+def _indexed(folder: Path) -> list[Entry]:
     """What is in a checkpoint, by its index."""
-    metadata = _metadata(folder)
+    try:
+        return list(_entries(folder, _metadata(folder)))
+    except (AttributeError, TypeError, ValueError) as error:  # of what is no longer what it was
+        raise CheckpointError(f"{folder / METADATA} is damaged: {error}") from error
+
+
+def _entries(folder: Path, metadata: Metadata) -> Iterator[Entry]:
     for index, info in metadata.storage_data.items():
         where = (index.fqn, str(info.relative_path), info.offset, info.length)
         held = metadata.state_dict_metadata.get(index.fqn)

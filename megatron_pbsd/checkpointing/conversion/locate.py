@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ import xxhash
 
 from megatron_pbsd.checkpointing.errors import CheckpointError
 from megatron_pbsd.checkpointing.hf_folder import CHECKSUMS, INDEX, SINGLE
-from megatron_pbsd.checkpointing.torch_dist import BACKEND, COMMON, METADATA, Reader
+from megatron_pbsd.checkpointing.torch_dist import BACKEND, COMMON, METADATA, SUFFIX, Reader
+from megatron_pbsd.models import family
 from megatron_pbsd.models.hf_config import read
 
 TRACKER, RELEASE = "latest_checkpointed_iteration.txt", "release"
@@ -23,8 +25,6 @@ HF = "hf"
 """Where our checkpoints keep configuration and tokenizer."""
 CONFIG = "model"
 """Or, in what is the same on all ranks, the configuration alone."""
-
-
 BESIDE = (METADATA, BACKEND, COMMON)
 
 
@@ -34,7 +34,7 @@ def locate(folder: Path) -> Path:
         return folder
     for pointer, name in ((TRACKER, _megatron_name), ("latest", str)):
         if (folder / pointer).is_file():
-            inner = folder / name((folder / pointer).read_text().strip())
+            inner = folder / name((folder / pointer).read_text(errors="replace").strip())
             if inner.is_dir():
                 return locate(inner)
             raise CheckpointError(f"{folder / pointer} names {inner.name}, which does not exist")
@@ -63,9 +63,8 @@ def model_config(checkpoint: Path, given: Path | None) -> tuple[dict[str, Any], 
         kept = dict(common[CONFIG]) if isinstance(common.get(CONFIG), Mapping) else None
     if given is not None:
         hf = read(given)
-        if kept is not None and kept.get("model_type") != hf.get("model_type"):
-            raise CheckpointError(f"{given} is of a {hf.get('model_type')} model, {checkpoint} of a "
-                                  f"{kept.get('model_type')} one")
+        if kept is not None:
+            _require_same_model(hf, kept, given, checkpoint)
         return hf, given
     if kept is None:
         raise CheckpointError(f"{checkpoint} does not say what model it is of: name a Hugging Face folder of that "
@@ -87,15 +86,16 @@ def changed_index(checkpoint: Path) -> list[str]:
     """Files of a checkpoint besides its parts whose content is not what checksums.json says."""
     known = recorded(checkpoint)["files"]
     return [f"{checkpoint / name} is missing or damaged: its checksum is not what {CHECKSUMS} says"
-            for name in BESIDE if name in known and _checksum(checkpoint / name) != known[name]]
+            for name in known if not name.endswith(SUFFIX) and _checksum(checkpoint / name) != known[name]]
 
 
 def write_checksums(checkpoint: Path, parts: Mapping[str, str], tensors: Mapping[str, str]) -> None:
-    """Of a checkpoint's files (xxh3_128 of their content; `parts` has those of the large ones), and of the Hugging Face
-    tensors in them."""
+    """Of a checkpoint's files (xxh3_128 of their content; `parts` has those of the large ones), configuration and
+    tokenizer included, and of the Hugging Face tensors in them."""
+    beside = [*BESIDE, *(f"{HF}/{path.name}" for path in sorted((checkpoint / HF).glob("*")))]
     (checkpoint / CHECKSUMS).write_text(json.dumps({
         "xxh3_128": "of each file, and of each Hugging Face tensor's bytes",
-        "files": dict(parts) | {name: _checksum(checkpoint / name) for name in BESIDE},
+        "files": dict(parts) | {name: _checksum(checkpoint / name) for name in beside},
         "tensors": dict(tensors)}, indent=1))
 
 
@@ -108,6 +108,19 @@ def with_dtype(hf: dict[str, Any], dtype: str | None) -> dict[str, Any]:
 
 def write_config(folder: Path, hf: dict[str, Any]) -> None:
     (folder / "config.json").write_text(json.dumps(hf, indent=2) + "\n")
+
+
+def _require_same_model(hf: dict[str, Any], kept: dict[str, Any], given: Path, checkpoint: Path) -> None:
+    """CheckpointError naming all that changes the mathematics."""
+    if hf.get("model_type") != kept.get("model_type"):
+        raise CheckpointError(f"{given} is of a {hf.get('model_type')} model, {checkpoint} of a "
+                              f"{kept.get('model_type')} one")
+    mine, theirs = family(hf).decoder(hf), family(kept).decoder(kept)
+    differing = [f"{field.name} = {getattr(mine, field.name)}, not {getattr(theirs, field.name)}"
+                 for field in fields(mine) if getattr(mine, field.name) != getattr(theirs, field.name)]
+    if differing:
+        raise CheckpointError(f"{given} is another model than {checkpoint} is of: {'; '.join(differing)}; without "
+                              "--config the checkpoint's own is used")
 
 
 def _checksum(path: Path) -> str | None:

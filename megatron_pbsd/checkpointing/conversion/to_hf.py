@@ -44,6 +44,8 @@ WEIGHTS = ("decoder.", "embedding.", "output_layer.")
 """Beginnings of the keys of weights; optimizer state and the like have others."""
 PADDED = ("embedding.word_embeddings.weight", "output_layer.weight")
 """Megatron-LM adds rows to these, beyond the vocabulary."""
+PADDED_TO = 128
+"""Megatron-LM's --make-vocab-size-divisible-by, where it is not set."""
 
 
 class MegatronWeights:
@@ -73,7 +75,10 @@ class MegatronWeights:
         problems += [
             f"{self.folder}: {key} has shape {list(found[key])}, config.json implies {list(shape)}"
             for key, shape in expected.items() if key in found and not _fits(key, found[key], shape)]
-        return changed_index(self.folder) + (problems or self.reader.incomplete())
+        problems = problems or self.reader.incomplete()
+        problems = problems or [problem for key in PADDED if key in expected
+                                for problem in self._padding_problems(key, expected[key])]
+        return changed_index(self.folder) + problems
 
     def parts(self, name: str, piece_bytes: int) -> Iterator[torch.Tensor]:
         """A tensor's elements in order, in pieces of at most `piece_bytes`, one row at least; not to be written to."""
@@ -82,6 +87,14 @@ class MegatronWeights:
             row_bytes = prod(local[1:]) * self.dtype(name).itemsize
             for rows in row_steps(local[0], row_bytes, piece_bytes):
                 yield self.reader.read(place.key, _box(place, rows, local)).view(rows.stop - rows.start, *local[1:])
+
+    def _padding_problems(self, key: str, shape: tuple[int, ...]) -> Iterator[str]:
+        """Rows beyond the vocabulary that hold something, and are not as many as Megatron-LM adds."""
+        rows = self.reader.tensors[key].shape[0]
+        beyond = self.reader.read(key, (slice(shape[0], rows), slice(0, shape[1]))) if rows > shape[0] else None
+        if beyond is not None and rows % PADDED_TO and bool((beyond != 0).any()):
+            yield (f"{self.folder}: {key} has {rows} rows, config.json says vocab_size = {shape[0]}, and the rows "
+                   f"beyond are no padding: they are not 0, nor is {rows} a multiple of {PADDED_TO}")
 
     def _named(self, found: dict[str, list[Place]]) -> dict[str, list[Place]]:
         """Under the keys that the checkpoint has for them: Megatron-core's own layers name the norm before experts as

@@ -70,6 +70,7 @@ class ToMegatron:
         problems = [] if self.layout is None else model.layout_problems(hf, self.layout)
         wrong = folder.problems(model.hf_tensors(hf), lambda name: model.ignored_tensor(hf, name))
         wrong += self._dtype_problems(hf, set(model.hf_tensors(hf)))
+        wrong = wrong or self._mixed_dtypes()
         return problems + [f"weights in {self.source}: {problem}" for problem in wrong]
 
     def identity(self) -> dict[str, Any]:
@@ -164,12 +165,14 @@ class ToMegatron:
             problems.append(
                 f"config.json says dtype = {declared!r}, but {len(others)} tensors are {' and '.join(found)}, "
                 f"{others[0]} for one; say which it is to be with --dtype {found[0]} or --dtype {declared}")
-        elif declared is None:
-            problems += [
-                f"{', '.join(p.hf_name for p in unit.pieces[:3])} are one tensor to Megatron, but of several dtypes; "
-                f"choose one with --dtype" for unit in units(self._decoder)
-                if len({stored.get(piece.hf_name) for piece in unit.pieces}) > 1]
         return problems
+
+    def _mixed_dtypes(self) -> list[str]:
+        if self.dtype is not None:
+            return []
+        return [f"{', '.join(p.hf_name for p in unit.pieces[:3])} are one tensor to Megatron, but of several dtypes; "
+                "choose one with --dtype" for unit in units(self._decoder)
+                if len({self._folder.tensors[piece.hf_name].dtype for piece in unit.pieces}) > 1]
 
     def _config(self) -> dict[str, Any]:
         return with_dtype(read(self.source), self.dtype)
