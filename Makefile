@@ -2,7 +2,7 @@
 # make quickstart   train the quickstart; ARGS='--steps 5' overrides any key of its configuration
 # make base-policy  train the policy that the quickstart starts from
 # make test         run the tests; ARGS='tests/launcher -x' goes to pytest
-# make test-slow    run the long suites: every loss at every layout, memory, dynamic context parallelism, experts
+# make test-slow    run the long suites: whole runs, every loss at every layout, memory, dynamic context parallelism
 # make lint         style and import contracts
 
 PBSD := .venv/bin/pbsd

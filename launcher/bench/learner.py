@@ -7,13 +7,16 @@ padding_waste       of the bench 'balance': padded batches, mean over distributi
 balance_over_bound  of the bench 'balance': packed batches, makespan over its lower bound
 logprob_peak_ratio  of the bench 'log_probs': memory of the chunked function over the naive one
 
-Trajectories are the quickstart's demonstrations, as many as one of its steps trains on; `overrides` change its
-configuration, the layout for instance.
+Trajectories are the quickstart's demonstrations, as many as one of its steps trains on. The model has the quickstart's
+family and tokenizer and random weights, and is `WIDE`, so that time goes to matrix products as it does in models that
+people train. `overrides` change the configuration: the layout, or `--model.path` for another model's weights.
 """
 
 from __future__ import annotations
 
+import json
 import random
+import shutil
 import statistics
 import tempfile
 import time
@@ -34,16 +37,36 @@ from megatron_pbsd.learner.group import LearnerGroup
 from megatron_pbsd.trajectory import Group, VersionSpan, trajectories_of
 
 CONFIG = Path("configs/quickstart.yaml")
-WARM_UP, PAIRS = 2, 9
+WIDE = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, "num_attention_heads": 8,
+        "num_key_value_heads": 4, "head_dim": 64}
+"""26 M parameters."""
+WARM_UP, PAIRS = 1, 5
 
 
 def run(overrides: Sequence[str] = ()) -> dict[str, Any]:
-    arguments = ["--learner.updates_per_step", "1", *overrides]
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = ["--learner.updates_per_step", "1"]
+        if not any(argument.startswith("--model.path") for argument in overrides):
+            wide = widened(Path(load_config(CONFIG, ()).model.path), Path(folder, "wide"))
+            arguments += ["--model.path", str(wide), "--model.initial_weights", "random"]
+        return measured([*arguments, *overrides], Path(folder, "logs"))
+
+
+def widened(source: Path, folder: Path) -> Path:
+    """A folder with the configuration of `source`, `WIDE`, and its tokenizer; without weights."""
+    shutil.copytree(source, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    config = json.loads((source / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | WIDE))
+    return folder
+
+
+def measured(arguments: Sequence[str], logs: Path) -> dict[str, Any]:
     by_name = {name: load_config(CONFIG, [*arguments, "--algorithm.name", name]) for name in ("grpo", "pbsd")}
     config = by_name["grpo"]
     groups = demonstrations(config)
     seconds: dict[str, list[float]] = {name: [] for name in by_name}
-    with tempfile.TemporaryDirectory() as logs, open_runtime(config.runtime, Path(logs), config.ray_port) as runtime:
+    logs.mkdir()
+    with open_runtime(config.runtime, logs, config.ray_port) as runtime:
         learner = start_learner(runtime, config)
         learner.ready()
         for pair in range(WARM_UP + PAIRS):

@@ -35,14 +35,26 @@ class Cost:
 
         6 operations per position and active matrix weight (PaLM, arXiv 2204.02311, appendix B): 2 forward, 4 backward.
         A router's k experts and the shared ones are active; the embedding is looked up. Attention scores and their
-        product with the values take 4 * heads * head_dim * T^2 per layer forward (Megatron-LM, arXiv 2104.04473,
-        appendix), half of it under a causal mask, and three times that with the backward pass.
+        product with the values take 2 * heads * (key + value width) * T^2 per layer forward (Megatron-LM, arXiv
+        2104.04473, appendix), half of it under a causal mask, and three times that with the backward pass.
         """
-        layers, heads, head = decoder.num_hidden_layers, decoder.num_attention_heads, decoder.head_dim
-        attention = 2 * decoder.hidden_size * head * (heads + decoder.num_key_value_heads)
+        layers, heads = decoder.num_hidden_layers, decoder.num_attention_heads
+        attention, widths = _attention(decoder)
         weights = sum(attention + _mlp_weights(decoder, layer) for layer in range(layers))
         return cls(linear=6.0 * (weights + predicted * decoder.hidden_size * decoder.vocab_size),
-                   quadratic=6.0 * layers * heads * head)
+                   quadratic=3.0 * layers * heads * widths)
+
+
+def _attention(decoder: Decoder) -> tuple[int, int]:
+    """Weights of a layer's projections; widths of a head's keys and of its values, added."""
+    hidden, heads, latent = decoder.hidden_size, decoder.num_attention_heads, decoder.latent
+    if latent is None:
+        return 2 * hidden * decoder.head_dim * (heads + decoder.num_key_value_heads), 2 * decoder.head_dim
+    queries, rank = heads * latent.qk_head_dim, latent.q_lora_rank
+    up = heads * (latent.qk_nope_head_dim + latent.v_head_dim)
+    weights = hidden * queries if rank is None else rank * (hidden + queries)
+    weights += hidden * (latent.kv_lora_rank + latent.qk_rope_head_dim) + latent.kv_lora_rank * up
+    return weights + heads * latent.v_head_dim * hidden, latent.qk_head_dim + latent.v_head_dim
 
 
 def _mlp_weights(decoder: Decoder, layer: int) -> int:

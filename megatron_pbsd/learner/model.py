@@ -15,13 +15,15 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.module import Float16Module
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.multi_latent_attention import MultiLatentAttention
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 from megatron_pbsd import config
 from megatron_pbsd.learner.context_parallel import SelfAttention
 from megatron_pbsd.learner.routing import Positions, Router, RoutingContext, routers
 from megatron_pbsd.losses.log_probs import token_statistics, top_tokens
 from megatron_pbsd.models import Family
+from megatron_pbsd.models.decoder import LATENT_NORM_EPS
 from megatron_pbsd.platform import Platform
 
 
@@ -125,13 +127,16 @@ def transformer_config(
     elif settings.recompute == "selective":
         fields["recompute_granularity"] = "selective"
     dtype = platform.dtype(settings.precision)
-    return TransformerConfig(
+    latent = fields.get("multi_latent_attention", False)
+    if latent and fields["rope_type"] != "yarn":
+        fields["apply_rope_fusion"] = False  # Core fuses latent attention's rotation for yarn only.
+    return (MLATransformerConfig if latent else TransformerConfig)(
         **fields,
         tensor_model_parallel_size=parallel.tp,
         pipeline_model_parallel_size=parallel.pp,
         pipeline_model_parallel_layout=family.pipeline_layout(hf, parallel),
         context_parallel_size=parallel.cp,
-        sequence_parallel=divides_sequences(parallel, experts, platform),
+        sequence_parallel=divides_sequences(parallel, experts or latent, platform),
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
@@ -141,11 +146,12 @@ def transformer_config(
         moe_token_dispatcher_type="alltoall")
 
 
-def divides_sequences(parallel: config.ParallelConfig, experts: bool, platform: Platform) -> bool:
-    """Whether sequence parallelism is on. Megatron-core trains experts under tensor parallelism with it only."""
+def divides_sequences(parallel: config.ParallelConfig, needed: bool, platform: Platform) -> bool:
+    """Whether sequence parallelism is on. It is `needed` for experts and for latent attention: under tensor parallelism
+    Megatron-core trains them with it only."""
     if parallel.sequence_parallel is not None:
         return parallel.sequence_parallel
-    return parallel.tp > 1 and (experts or platform.sequence_parallel)
+    return parallel.tp > 1 and (needed or platform.sequence_parallel)
 
 
 def build_model(
@@ -172,14 +178,31 @@ def build_model(
             value_head=value_head,
             vp_stage=stage,
             **family.gpt_model(hf, settings.parallel)))
-        # Core has Llama 3's scaling for one choice of its constants only.
-        chunks[-1].rotary_pos_emb.inv_freq = family.inverse_frequencies(hf)
+        if transformer.multi_latent_attention:
+            set_latent_norms(chunks[-1])
+        else:
+            # Core has Llama 3's scaling for one choice of its constants only. Latent attention rotates in its layers.
+            chunks[-1].rotary_pos_emb.inv_freq = family.inverse_frequencies(hf)
         for name, parameter in chunks[-1].named_parameters():
             if ".mlp.experts." in name:
                 # Core takes experts for ordinary parameters when expert parallelism is 1. With etp < tp, ranks that
                 # see different tokens would then keep their gradients to themselves: silently wrong weights.
                 parameter.allreduce = False
     return chunks
+
+
+def set_latent_norms(chunk: torch.nn.Module) -> None:
+    """Gives the norms of latents their epsilon, where core gives all norms that of the others. Transformer Engine has
+    these norms within the layers after them."""
+    for attention in chunk.modules():
+        if isinstance(attention, MultiLatentAttention):
+            names = ["kv_layernorm", "linear_kv_up_proj"]
+            if attention.config.q_lora_rank is not None:
+                names += ["q_layernorm", "linear_q_up_proj"]
+            norms = [part for name in names if hasattr(part := getattr(attention, name), "eps")]
+            assert len(norms) == len(names) // 2, "each latent has one norm"
+            for norm in norms:
+                norm.eps = LATENT_NORM_EPS
 
 
 def build_optimizer(

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from typing import Any
 
 from megatron_pbsd.config import ParallelConfig
-from megatron_pbsd.models import glm4_moe, llama, mistral, mixtral, qwen2, qwen3, qwen3_moe
+from megatron_pbsd.errors import did_you_mean
+from megatron_pbsd.models import (
+    deepseek_v3,
+    glm4_moe,
+    kimi_k2,
+    llama,
+    mistral,
+    mixtral,
+    qwen2,
+    qwen3,
+    qwen3_moe,
+)
 from megatron_pbsd.models.errors import ModelError
 from megatron_pbsd.models.family import Family
 
@@ -21,6 +31,8 @@ FAMILIES: Mapping[str, Family] = {
     "qwen3": Family(qwen3.check_fields, qwen3.decoder),
     "qwen3_moe": Family(qwen3_moe.check_fields, qwen3_moe.decoder),
     "glm4_moe": Family(glm4_moe.check_fields, glm4_moe.decoder),
+    "deepseek_v3": Family(deepseek_v3.check_fields, deepseek_v3.decoder),
+    "kimi_k2": Family(kimi_k2.check_fields, kimi_k2.decoder),
 }
 
 
@@ -28,9 +40,8 @@ def family(hf: Mapping[str, Any]) -> Family:
     """The family of a config.json, whose every field it has accounted for. ModelError when it cannot."""
     name = hf.get("model_type")
     if name not in FAMILIES:
-        near = difflib.get_close_matches(str(name), FAMILIES, 1)
         raise ModelError(f"config.json: model_type = {name!r} is not implemented; have {sorted(FAMILIES)}"
-                         + (f"; did you mean {near[0]!r}?" if near else ""))
+                         + did_you_mean(str(name), FAMILIES))
     chosen = FAMILIES[name]
     chosen.check_config(hf)
     return chosen

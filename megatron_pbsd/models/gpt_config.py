@@ -5,7 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from megatron_pbsd.config import ParallelConfig
-from megatron_pbsd.models.decoder import Decoder, Experts, Llama3Scaling
+from megatron_pbsd.models.decoder import (
+    Decoder,
+    Experts,
+    LatentAttention,
+    Llama3Scaling,
+    RopeScaling,
+    YarnScaling,
+)
 from megatron_pbsd.models.parameters import padded_vocabulary, stage_layers
 
 
@@ -30,7 +37,8 @@ def _routing_problems(experts: Experts) -> list[str]:
     found = []
     chosen, normalised = experts.num_experts_per_tok, experts.norm_topk_prob
     if not any(experts.layers):
-        found.append("no layer has experts; a dense family describes such a model")
+        found.append("no layer has experts, by first_k_dense_replace, mlp_only_layers or decoder_sparse_step; a dense "
+                     "family describes such a model")
     if not 1 <= chosen <= experts.num_experts:
         found.append(f"num_experts_per_tok = {chosen} is not between 1 and the number of experts, "
                      f"{experts.num_experts}")
@@ -42,12 +50,17 @@ def _routing_problems(experts: Experts) -> list[str]:
                      "normalises sigmoid scores; supported: norm_topk_prob = True")
     if not 1 <= experts.topk_group <= experts.n_group or experts.num_experts % experts.n_group:
         found.append(f"n_group = {experts.n_group} groups with topk_group = {experts.topk_group} do not divide "
-                     f"{experts.num_experts} experts")
-    elif experts.topk_group < experts.n_group and chosen // experts.topk_group != 2:
+                     f"n_routed_experts = {experts.num_experts}")
+    elif experts.topk_group < experts.n_group:
+        size = experts.num_experts // experts.n_group
         # Hugging Face ranks groups by their two best experts, Megatron-core by their topk // topk_group best.
-        found.append(f"num_experts_per_tok = {chosen} with topk_group = {experts.topk_group} is not implemented: "
-                     "Megatron-core ranks groups by their best num_experts_per_tok // topk_group experts, "
-                     "which must be 2")
+        if chosen // experts.topk_group != 2:
+            found.append(f"num_experts_per_tok = {chosen} with topk_group = {experts.topk_group} is not implemented: "
+                         "Megatron-core ranks groups by their best num_experts_per_tok // topk_group experts, "
+                         "which must be 2")
+        if chosen > size * experts.topk_group:
+            found.append(f"num_experts_per_tok = {chosen} is more than topk_group = {experts.topk_group} groups have, "
+                         f"of n_group = {experts.n_group} with {size} experts each")
     return found
 
 
@@ -70,7 +83,39 @@ def transformer_config(decoder: Decoder) -> dict[str, Any]:
         "activation_func": "silu",
         "add_bias_linear": False,
         "add_qkv_bias": decoder.qkv_bias,
-    } | (_routing(decoder.experts) if decoder.experts else {})
+    } | (_latent(decoder.latent, decoder) if decoder.latent else {}) | (
+        _routing(decoder.experts) if decoder.experts else {})
+
+
+def _latent(latent: LatentAttention, decoder: Decoder) -> dict[str, Any]:
+    """Fields of MLATransformerConfig."""
+    return {
+        "multi_latent_attention": True,
+        "q_lora_rank": latent.q_lora_rank,
+        "kv_lora_rank": latent.kv_lora_rank,
+        "qk_head_dim": latent.qk_nope_head_dim,
+        "qk_pos_emb_head_dim": latent.qk_rope_head_dim,
+        "v_head_dim": latent.v_head_dim,
+        "kv_channels": latent.v_head_dim,
+        # Latents are normalised; without this Megatron-core leaves their norms out.
+        "qk_layernorm": True,
+        "rotary_base": decoder.rope_theta,
+    } | _latent_rope(decoder.rope_scaling)
+
+
+def _latent_rope(scaling: RopeScaling | None) -> dict[str, Any]:
+    """Megatron-core's defaults are those of a DeepSeek model; its softmax scale has the factor in it in any case."""
+    if not isinstance(scaling, YarnScaling):
+        return {"rope_type": "rope", "rotary_scaling_factor": 1.0, "mscale_all_dim": 0.0}
+    return {
+        "rope_type": "yarn",
+        "rotary_scaling_factor": scaling.factor,
+        "original_max_position_embeddings": scaling.original_max_position_embeddings,
+        "beta_fast": scaling.beta_fast,
+        "beta_slow": scaling.beta_slow,
+        "mscale": scaling.mscale,
+        "mscale_all_dim": scaling.mscale_all_dim,
+    }
 
 
 def _routing(experts: Experts) -> dict[str, Any]:

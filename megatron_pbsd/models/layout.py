@@ -16,6 +16,9 @@ def layout_problems(decoder: Decoder, parallel: ParallelConfig) -> list[str]:
     Context parallelism divides sequences, not the model: any size is possible.
     """
     problems = _indivisible("tp", parallel.tp, _tensor_parallel_lengths(decoder))
+    if decoder.latent and parallel.dynamic_cp:
+        problems.append("learner.parallel.dynamic_cp = True is not for latent attention: Megatron-core divides its "
+                        "sequences over fixed context-parallel ranks; set it to False, and cp for long sequences")
     share = padded_vocabulary(decoder.vocab_size, parallel.tp) // parallel.tp
     if share * (parallel.tp - 1) >= decoder.vocab_size:
         problems.append(f"learner.parallel.tp = {parallel.tp} leaves a rank without any of the vocab_size = "
@@ -37,6 +40,10 @@ def learner_problems(decoder: Decoder, learner: LearnerConfig) -> list[str]:
     """`layout_problems`, and one sentence for each key that this model cannot heed."""
     problems = layout_problems(decoder, learner.parallel)
     moe, experts = learner.moe, decoder.experts
+    if (experts or decoder.latent) and learner.parallel.sequence_parallel is False and learner.parallel.tp > 1:
+        problems.append(
+            f"learner.parallel.sequence_parallel = False with tp = {learner.parallel.tp}: Megatron-core trains experts "
+            "and latent attention under tensor parallelism with sequence parallelism only; set it to True or null")
     if experts is None:
         problems += [
             f"learner.moe.{key} = {value} is for experts, and this model has none; set it to {unset}"
@@ -48,10 +55,6 @@ def learner_problems(decoder: Decoder, learner: LearnerConfig) -> list[str]:
         problems.append(
             f"learner.moe.expert_bias_update_rate = {moe.expert_bias_update_rate:g} moves a bias that this model's "
             "checkpoints have no place for; set it to 0, and learner.moe.aux_loss_coefficient to balance by a loss")
-    if learner.parallel.sequence_parallel is False and learner.parallel.tp > 1:
-        problems.append(
-            f"learner.parallel.sequence_parallel = False with tp = {learner.parallel.tp}: Megatron-core trains experts "
-            "under tensor parallelism with sequence parallelism only; set it to True or null")
     return problems
 
 
@@ -68,7 +71,9 @@ def _pipeline_problems(layers: int, parallel: ParallelConfig) -> list[str]:
 
 def _tensor_parallel_lengths(decoder: Decoder) -> dict[str, int]:
     experts = decoder.experts
-    lengths = {name: getattr(decoder, name) for name in ("num_attention_heads", "num_key_value_heads")}
+    # Each head of latent attention has keys, whatever num_key_value_heads is.
+    heads = ("num_attention_heads",) if decoder.latent else ("num_attention_heads", "num_key_value_heads")
+    lengths = {name: getattr(decoder, name) for name in heads}
     if experts is None or not all(experts.layers):
         lengths["intermediate_size"] = decoder.intermediate_size
     if experts is not None and experts.shared_intermediate_size is not None:

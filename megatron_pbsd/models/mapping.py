@@ -12,6 +12,7 @@ from megatron_pbsd.models.parameters import (
     Placement,
     RankCoordinates,
     local_experts,
+    paired,
     stage_layers,
 )
 
@@ -54,17 +55,57 @@ def pieces(decoder: Decoder, parallel: ParallelConfig, at: RankCoordinates, chun
 def _attention(decoder: Decoder, place: Placement, source: str, target: str) -> ParameterMap:
     """Attention with the norms before and after it."""
     attention, inner = f"{source}.self_attn", f"{target}.self_attention"
+    projections = _latent_projections if decoder.latent else _projections
+    return {
+        f"{target}.input_layernorm.weight": place.whole(f"{source}.input_layernorm.weight"),
+        **projections(decoder, place, attention, inner),
+        f"{inner}.linear_proj.weight": place.part(f"{attention}.o_proj.weight", 1),
+        f"{target}.pre_mlp_layernorm.weight": place.whole(f"{source}.post_attention_layernorm.weight"),
+    }
+
+
+def _projections(decoder: Decoder, place: Placement, attention: str, inner: str) -> ParameterMap:
     rows = _qkv_rows(decoder, place)
-    local = {f"{target}.input_layernorm.weight": place.whole(f"{source}.input_layernorm.weight")}
+    local = {}
     for kind in ("weight", "bias") if decoder.qkv_bias else ("weight",):
         local[f"{inner}.linear_qkv.{kind}"] = place.stacked(
             [(f"{attention}.{name}.{kind}", span) for name, span in rows])
     if decoder.qk_norm:
         local[f"{inner}.q_layernorm.weight"] = place.whole(f"{attention}.q_norm.weight")
         local[f"{inner}.k_layernorm.weight"] = place.whole(f"{attention}.k_norm.weight")
-    local[f"{inner}.linear_proj.weight"] = place.part(f"{attention}.o_proj.weight", 1)
-    local[f"{target}.pre_mlp_layernorm.weight"] = place.whole(f"{source}.post_attention_layernorm.weight")
     return local
+
+
+def _latent_projections(decoder: Decoder, place: Placement, attention: str, inner: str) -> ParameterMap:
+    """Every rank has the down projections whole, and of the up projections the rows of its heads."""
+    latent = decoder.latent
+    assert latent is not None
+    if latent.q_lora_rank is None:
+        local = {f"{inner}.linear_q_proj.weight": _latent_queries(decoder, place, f"{attention}.q_proj.weight")}
+    else:
+        local = {
+            f"{inner}.linear_q_down_proj.weight": place.whole(f"{attention}.q_a_proj.weight"),
+            f"{inner}.q_layernorm.weight": place.whole(f"{attention}.q_a_layernorm.weight"),
+            f"{inner}.linear_q_up_proj.weight": _latent_queries(decoder, place, f"{attention}.q_b_proj.weight"),
+        }
+    down = place.whole(f"{attention}.kv_a_proj_with_mqa.weight")
+    return local | {
+        f"{inner}.linear_kv_down_proj.weight":
+            down if latent.rope_interleave else paired(down[0], latent.kv_lora_rank),
+        f"{inner}.kv_layernorm.weight": place.whole(f"{attention}.kv_a_layernorm.weight"),
+        f"{inner}.linear_kv_up_proj.weight": place.part(f"{attention}.kv_b_proj.weight", 0),
+    }
+
+
+def _latent_queries(decoder: Decoder, place: Placement, name: str) -> list[Piece]:
+    """Megatron turns neighbouring dimensions of each head."""
+    latent = decoder.latent
+    assert latent is not None
+    if latent.rope_interleave:
+        return place.part(name, 0)
+    size, heads = latent.qk_head_dim, place.share(decoder.num_attention_heads)
+    rows = place.stacked([(name, slice(head * size, (head + 1) * size)) for head in range(heads.start, heads.stop)])
+    return [piece for head in rows for piece in paired(head, latent.qk_nope_head_dim)]
 
 
 def _qkv_rows(decoder: Decoder, place: Placement) -> list[tuple[str, slice]]:

@@ -13,9 +13,9 @@ from megatron_pbsd.models.hf_config import (
     checked,
     decoder_values,
     ignored,
-    mapped,
     only,
     rope,
+    whole,
 )
 
 REQUIRED = ("num_local_experts", "num_experts_per_tok")
@@ -24,7 +24,7 @@ NAMES = ExpertNames("block_sparse_moe", gate="w1", up="w3", down="w2")
 FIELDS: Mapping[str, FieldRule] = {
     **mistral.FIELDS,
     "model_type": only("mixtral"),
-    **{name: mapped() for name in REQUIRED},
+    **{name: whole() for name in REQUIRED},
     "router_jitter_noise": only(0),
     # learner.moe decides how experts are balanced.
     "router_aux_loss_coef": ignored(),

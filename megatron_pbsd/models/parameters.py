@@ -101,6 +101,18 @@ class Placement:
         return made
 
 
+def paired(piece: Piece, plain: int) -> list[Piece]:
+    """A piece of rows, of which those after the first `plain` are two halves: in `local` row i of the one is followed
+    by row i of the other."""
+    (rows, *columns), (place, *_) = piece.hf_index, piece.local_index
+    start = rows.start + plain
+    half = (rows.stop - start) // 2
+    spans = [(slice(rows.start, start), slice(place.start, place.start + plain))] if plain else []
+    spans += [(slice(start + i * half, start + (i + 1) * half), slice(place.start + plain + i, place.stop, 2))
+              for i in (0, 1)]
+    return [Piece(piece.hf_name, (hf, *columns), (local, *columns), piece.primary) for hf, local in spans]
+
+
 def coordinates(parallel: ParallelConfig, rank: int) -> RankCoordinates:
     """Megatron-core's order of ranks, 'tp-cp-ep-dp-pp': the first is the fastest. Context parallelism divides dense
     layers only, expert parallelism experts only."""

@@ -12,6 +12,7 @@ from megatron_pbsd.models.hf_config import (
     FieldRule,
     checked,
     decoder_values,
+    full_attention,
     ignored,
     only,
     rope,
@@ -30,8 +31,7 @@ FIELDS: Mapping[str, FieldRule] = {
 
 def check_fields(hf: Mapping[str, Any]) -> None:
     """See `Family`."""
-    layer_types = only(["full_attention"] * hf.get("num_hidden_layers", 0))
-    checked(hf, {**FIELDS, "layer_types": layer_types}, DECODER_REQUIRED)
+    checked(hf, {**FIELDS, "layer_types": full_attention(hf)}, DECODER_REQUIRED)
 
 
 def decoder(hf: Mapping[str, Any]) -> Decoder:

@@ -12,14 +12,17 @@ from megatron_pbsd.models.hf_config import (
     FieldRule,
     checked,
     decoder_values,
+    full_attention,
     ignored,
     only,
     rope,
+    whole,
 )
 
 FIELDS: Mapping[str, FieldRule] = {
     **DECODER_FIELDS,
     "model_type": only("qwen3"),
+    "head_dim": whole(),
     "attention_bias": only(False),
     "use_sliding_window": only(False),
     # These two speak only where use_sliding_window is true.
@@ -30,8 +33,7 @@ FIELDS: Mapping[str, FieldRule] = {
 
 def check_fields(hf: Mapping[str, Any]) -> None:
     """See `Family`."""
-    layer_types = only(["full_attention"] * hf.get("num_hidden_layers", 0))
-    checked(hf, {**FIELDS, "layer_types": layer_types}, (*DECODER_REQUIRED, "head_dim"))
+    checked(hf, {**FIELDS, "layer_types": full_attention(hf)}, (*DECODER_REQUIRED, "head_dim"))
 
 
 def decoder(hf: Mapping[str, Any]) -> Decoder:

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import NoneType
 from typing import Any
 
 from megatron_pbsd.models import qwen3
 from megatron_pbsd.models.decoder import Decoder, Experts
-from megatron_pbsd.models.errors import ModelError
 from megatron_pbsd.models.hf_config import (
     DECODER_REQUIRED,
     FieldRule,
     checked,
     decoder_values,
     either,
+    flag,
     ignored,
     mapped,
     only,
     rope,
+    whole,
 )
 
 REQUIRED = ("decoder_sparse_step", "mlp_only_layers", "moe_intermediate_size", "num_experts_per_tok", "norm_topk_prob")
@@ -27,7 +29,9 @@ COUNT = ("num_experts", "num_local_experts")
 FIELDS: Mapping[str, FieldRule] = {
     **qwen3.FIELDS,
     "model_type": only("qwen3_moe"),
-    **{name: mapped() for name in (*REQUIRED, *COUNT)},
+    **{name: whole() for name in ("decoder_sparse_step", "moe_intermediate_size", "num_experts_per_tok", *COUNT)},
+    "mlp_only_layers": mapped(list, NoneType),
+    "norm_topk_prob": flag(),
     # learner.moe decides how experts are balanced.
     "router_aux_loss_coef": ignored(),
     "output_router_logits": ignored(),
@@ -37,8 +41,6 @@ FIELDS: Mapping[str, FieldRule] = {
 def check_fields(hf: Mapping[str, Any]) -> None:
     """See `Family`."""
     checked(hf, FIELDS, (*DECODER_REQUIRED, *REQUIRED))
-    if hf["decoder_sparse_step"] < 1:
-        raise ModelError(f"config.json: 'decoder_sparse_step' = {hf['decoder_sparse_step']} is not a positive number")
 
 
 def decoder(hf: Mapping[str, Any]) -> Decoder:

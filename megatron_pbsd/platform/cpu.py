@@ -161,9 +161,11 @@ class Cpu:
         installed = version("megatron-core")
         if installed != MEGATRON_VERSION:
             raise PlatformError(f"megatron-core {installed} is installed; the CPU platform needs {MEGATRON_VERSION}")
+        from megatron.core.extensions.transformer_engine import HAVE_TE
         from megatron.core.models.common.embeddings import rope_utils
         from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
         from megatron.core.tensor_parallel import mappings, random
+        from megatron.core.transformer import multi_latent_attention
         from megatron.core.transformer.moe import moe_utils, token_dispatcher
 
         from megatron_pbsd.platform.cpu_modules import rotate_packed
@@ -186,6 +188,9 @@ class Cpu:
         # Without Transformer Engine 0.16.1 leaves this name unbound, and the router reads it.
         if not hasattr(moe_utils, "te_general_gemm"):
             moe_utils.te_general_gemm = None
+        # Without it 0.16.1's latent attention takes the mocks of Transformer Engine's classes for classes.
+        require_symbols(multi_latent_attention, ("HAVE_TE",))
+        multi_latent_attention.HAVE_TE = HAVE_TE
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:

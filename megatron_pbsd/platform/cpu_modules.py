@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_layer_specs
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.post_training.modelopt.layers import Linear
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.enums import AttnMaskType
@@ -47,6 +48,8 @@ class CausalAttention(MegatronModule):
         attention_type: str,
         attention_dropout: float | None = None,
         softmax_scale: float | None = None,
+        k_channels: int | None = None,
+        v_channels: int | None = None,
         cp_comm_type: str | None = None,
         pg_collection: ProcessGroupCollection | None = None,
     ):
@@ -67,7 +70,7 @@ class CausalAttention(MegatronModule):
         attention_bias: torch.Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
     ) -> torch.Tensor:
-        """query [S, B, H, D], key and value [S, B, G, D] with G dividing H; result [S, B, H * D].
+        """query [S, B, H, D], key [S, B, G, D], value [S, B, G, V] with G dividing H; result [S, B, H * V].
 
         Packed: the same without the dimension B. `cu_seqlens_q` bounds the sequences over all context-parallel ranks,
         of which this rank holds S positions in zigzag order: of 2 cp chunks the r-th and the r-th from the end. These
@@ -93,10 +96,14 @@ class CausalAttention(MegatronModule):
         return out if packed_seq_params is None else out.squeeze(1)
 
     def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **mask) -> torch.Tensor:
-        """All [B, S, heads, D]."""
+        """All [B, S, heads, width]; values may be narrower than keys."""
+        width, missing = value.shape[-1], key.shape[-1] - value.shape[-1]
+        if missing > 0:
+            # The fused kernel is for equal widths; the other keeps all scores.
+            value = F.pad(value, (0, missing))
         return F.scaled_dot_product_attention(
             query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), scale=self.scale, enable_gqa=True,
-            dropout_p=self.dropout if self.training else 0.0, **mask).transpose(1, 2)
+            dropout_p=self.dropout if self.training else 0.0, **mask).transpose(1, 2)[..., :width]
 
     def _packed(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: Sequence[int]
@@ -127,7 +134,7 @@ class CausalAttention(MegatronModule):
         gathered = gather_from_sequence_parallel_region(
             torch.cat([key, value], -1).transpose(0, 1).contiguous(), tensor_parallel_output_grad=True,
             group=group)
-        key, value = gathered.transpose(0, 1).split(key.shape[-1], -1)
+        key, value = gathered.transpose(0, 1).split([key.shape[-1], value.shape[-1]], -1)
         parts, start, held = [], 0, query.shape[1]
         for length in lengths:
             chunk = length // (2 * cp)
@@ -164,20 +171,23 @@ def rotate_packed(
     mscale: float = 1.0,
     cp_group: ProcessGroup | None = None,
 ) -> torch.Tensor:
-    """Rotary positions of sequences end to end, [T, heads, D] (RoFormer, arXiv 2104.09864, in the order of GPT-NeoX).
+    """Rotary positions of sequences end to end, [T, heads, D] (RoFormer, arXiv 2104.09864): in the order of GPT-NeoX,
+    or for latent attention of neighbouring dimensions, whose first ones come out before all second ones.
 
     In place of Megatron-core's, which slices the angles in Python for each sequence, and takes sine and cosine of all
     positions of all sequences in every layer. freqs: [longest, 1, 1, rotated dimensions], angles by position, each
-    twice; the other arguments are of `CausalAttention.forward` or must be the defaults.
+    twice; mscale: what rotated dimensions are multiplied by. `cp_group` and `cu_seqlens` as in
+    `CausalAttention.forward`; rotary_interleaved must be False.
     """
-    if rotary_interleaved or multi_latent_attention or mscale != 1:
-        raise ValueError("rotary positions of packed sequences on a CPU are neither interleaved, nor scaled, nor those "
-                         "of multi-latent attention")
+    if rotary_interleaved:
+        raise ValueError("rotary positions of packed sequences on a CPU do not come out interleaved")
     place, rotated = packed_positions(cu_seqlens, cp_group), freqs.shape[-1]
-    cos, sin = freqs[:, 0].cos(), freqs[:, 0].sin()
+    cos, sin = freqs[:, 0].cos() * mscale, freqs[:, 0].sin() * mscale
     sin[..., : rotated // 2].neg_()
     cos, sin = (table.to(tensor.dtype).index_select(0, place) for table in (cos, sin))
     turned, rest = tensor[..., :rotated], tensor[..., rotated:]
+    if multi_latent_attention:
+        turned = torch.cat([turned[..., ::2], turned[..., 1::2]], -1)
     first, second = turned.chunk(2, -1)
     turned = torch.addcmul(turned * cos, torch.cat([second, first], -1), sin)
     return torch.cat([turned, rest], -1) if rest.shape[-1] else turned
@@ -204,7 +214,12 @@ def layer_specs(config: TransformerConfig, vp_stage: int | None) -> TransformerB
         layer.submodules.pre_mlp_layernorm = RMSNorm
         attention = layer.submodules.self_attention.submodules
         attention.core_attention = CausalAttention
-        if attention.q_layernorm is not IdentityOp:
+        if config.multi_latent_attention:
+            # Core's local layers divide the down projections, and the rotated part of the keys then has the gradient
+            # of one rank's heads: silently wrong weights. Whole ones, with sequence parallelism, add all ranks'.
+            attention.linear_q_down_proj = attention.linear_kv_down_proj = Linear
+            attention.q_layernorm = attention.kv_layernorm = RMSNorm
+        elif attention.q_layernorm is not IdentityOp:
             attention.q_layernorm = attention.k_layernorm = RMSNorm
         if hasattr(layer.submodules.mlp.submodules, "router"):
             # Core's local specs name the norm before experts in checkpoints as if these had taken it in, as dense MLPs

@@ -12,6 +12,10 @@ MODELS = {
     "odd": ("qwen3", {"tie_word_embeddings": True, "vocab_size": 131, "num_hidden_layers": 5}),
     "moe": ("qwen3_moe", {}),
     "glm": ("glm4_moe", {}),
+    "deepseek": ("deepseek_v3", {}),
+    "deepseek-plain": ("deepseek_v3", {
+        "q_lora_rank": None, "rope_interleave": False, "n_group": 1, "topk_group": 1,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}),
 }
 """name → family and what differs from its tiny model; eight layers are four pipeline ranks of two chunks each."""
 

@@ -23,6 +23,18 @@ MODELS = {
     "qwen2": ("qwen2", {"tie_word_embeddings": True}),
     "mistral": ("mistral", {}),
     "mixtral": ("mixtral", {}),
+    "qwen3": ("qwen3", {"num_attention_heads": 6, "num_key_value_heads": 3, "hidden_size": 40}),
+    "glm": ("glm4_moe", {
+        "num_hidden_layers": 7, "first_k_dense_replace": 3, "n_group": 4, "topk_group": 2, "num_experts_per_tok": 4,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e5, "partial_rotary_factor": 0.75}}),
+    "deepseek": ("deepseek_v3", {
+        "num_hidden_layers": 7, "first_k_dense_replace": 3, "num_attention_heads": 6, "num_key_value_heads": 6,
+        "hidden_size": 40, "q_lora_rank": 21, "kv_lora_rank": 13, "v_head_dim": 11, "n_shared_experts": 1,
+        "rms_norm_eps": 1e-2}),
+    "deepseek of halves": ("deepseek_v3", {
+        "num_hidden_layers": 7, "first_k_dense_replace": 3, "q_lora_rank": None, "kv_lora_rank": 13, "n_group": 1,
+        "topk_group": 1, "num_experts_per_tok": 3, "rope_interleave": False, "tie_word_embeddings": True,
+        "rms_norm_eps": 1e-2}),
     "five layers": ("llama", {"num_hidden_layers": 5, "tie_word_embeddings": True}),
     "five with experts": ("qwen3_moe", {"num_hidden_layers": 5, "mlp_only_layers": [0, 3]}),
 }
@@ -38,6 +50,11 @@ CASES = [
     ("mistral", {"world_size": 2, "tp": 2}),
     ("mixtral", {"world_size": 4, "tp": 2, "ep": 2}),
     ("mixtral", {"world_size": 4, "tp": 2, "pp": 2, "etp": 2}),
+    ("qwen3", {"world_size": 3, "tp": 3}),
+    ("glm", {"world_size": 4, "tp": 2, "pp": 2, "etp": 2}),
+    ("deepseek", {"world_size": 4, "tp": 1, "pp": 4}),
+    ("deepseek", {"world_size": 4, "tp": 2, "pp": 2, "ep": 2}),
+    ("deepseek of halves", {"world_size": 4, "tp": 2, "cp": 2, "ep": 4}),
     ("five layers", {"world_size": 2, "tp": 1, "pp": 2}),
     ("five layers", {"world_size": 4, "tp": 1, "pp": 4}),
     ("five layers", {"world_size": 2, "tp": 1, "pp": 2, "vpp": 2}),

@@ -37,7 +37,7 @@ def but(**changes) -> LearnerConfig:
     return SETTINGS.model_copy(update=changes)
 
 
-each_model = pytest.mark.parametrize("model", ["tied", "untied", "moe", "glm"])
+each_model = pytest.mark.parametrize("model", ["tied", "untied", "moe", "glm", "deepseek", "deepseek-plain"])
 
 
 @each_model

@@ -29,6 +29,8 @@ MODELS = [
     ("glm4_moe", {"tp": 1, "pp": 4}, {"num_hidden_layers": 7, "first_k_dense_replace": 2}),
     ("qwen3", {"tp": 4}, {"vocab_size": 131, "num_key_value_heads": 4}),
     ("glm4_moe", {"tp": 2, "pp": 2, "etp": 2}, {"use_qk_norm": False}),
+    ("deepseek_v3", {"tp": 2, "pp": 2, "ep": 2}, {}),
+    ("deepseek_v3", {"tp": 2, "cp": 2}, {"q_lora_rank": None, "rope_interleave": False}),
 ]
 
 
@@ -76,17 +78,20 @@ def build(rank, rendezvous, hf, parallel):
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
     from megatron.core.parallel_state import is_pipeline_first_stage, is_pipeline_last_stage
-    from megatron.core.transformer.transformer_config import TransformerConfig
+    from megatron.core.post_training.modelopt.layers import Linear
+    from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
     from megatron_pbsd.platform.cpu import Cpu
+    from megatron_pbsd.platform.cpu_modules import CausalAttention
 
     platform = Cpu()
     platform.prepare(rank)
     with platform.running(), world(rank, rendezvous, parallel):
         platform.seed(0)
         flags = platform.transformer_flags() | {"sequence_parallel": parallel.tp > 1}
-        config = TransformerConfig(
-            **family(hf).transformer_config(hf) | {"activation_func": torch.nn.functional.silu} | flags,
+        fields = family(hf).transformer_config(hf)
+        config = (MLATransformerConfig if "kv_lora_rank" in fields else TransformerConfig)(
+            **fields | {"activation_func": torch.nn.functional.silu} | flags,
             tensor_model_parallel_size=parallel.tp, pipeline_model_parallel_size=parallel.pp,
             pipeline_model_parallel_layout=family(hf).pipeline_layout(hf, parallel),
             virtual_pipeline_model_parallel_size=parallel.vpp if parallel.vpp > 1 else None,
@@ -99,8 +104,13 @@ def build(rank, rendezvous, hf, parallel):
             spec.layer_norm = Norm
             for layer in spec.layer_specs:
                 layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = Norm
-                if config.qk_layernorm:
-                    attention = layer.submodules.self_attention.submodules
+                attention = layer.submodules.self_attention.submodules
+                if config.multi_latent_attention:
+                    # As Transformer Engine's layers: whole on every rank. Core's own attention has one width for all.
+                    attention.core_attention = CausalAttention
+                    attention.linear_q_down_proj = attention.linear_kv_down_proj = Linear
+                    attention.q_layernorm = attention.kv_layernorm = Norm
+                elif config.qk_layernorm:
                     attention.q_layernorm = attention.k_layernorm = Norm
             model = GPTModel(
                 config=config, transformer_layer_spec=spec, vp_stage=stage,

@@ -60,6 +60,9 @@ def saved(ranks, folders, tmp_path_factory):
     ("tp2pp2", "pp2vpp2", "odd"), ("pp2vpp2", "one", "odd"),
     ("tp2dp2-distributed", "dp2-distributed", "odd"), ("dp2-distributed", "tp2dp2-distributed", "odd"),
     ("ep2", "ep2", "moe"), ("tp2ep2", "tp2ep2", "glm"), ("pp2ep2", "pp2ep2", "glm"),
+    pytest.param("tp2ep2", "tp2ep2", "deepseek", marks=pytest.mark.slow),
+    pytest.param("tp2ep2", "pp2ep2", "deepseek", marks=pytest.mark.slow),
+    pytest.param("pp2ep2", "tp2", "deepseek-plain", marks=pytest.mark.slow),
 ])
 def test_resume(ranks, folders, saved, source, target, model):
     folder, expected = saved(source, model)

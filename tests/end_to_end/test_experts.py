@@ -14,7 +14,7 @@ pytestmark = pytest.mark.slow
 BASE = ROOT / "assets" / "search_qa_base"
 
 
-@pytest.fixture(scope="module", params=["qwen3_moe", "glm4_moe", "mixtral"])
+@pytest.fixture(scope="module", params=["qwen3_moe", "glm4_moe", "mixtral", "deepseek_v3"])
 def policy(request, tmp_path_factory):
     folder = make_tiny(request.param, tmp_path_factory.mktemp(request.param), vocab_size=2048,
                        max_position_embeddings=1024)

@@ -11,6 +11,7 @@ import pytest
 from pbsd_process import INLINE, SMALL, none_left
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("victim", ["learner-1", "engine-0"])
 def test_a_component_that_dies_is_named_and_finished_trajectories_stay(pbsd, victim):
     run = pbsd(f"dies-{victim}", *SMALL, "--steps", "1000", "--checkpoint.every", "0")
@@ -34,6 +35,7 @@ def test_a_component_that_dies_is_named_and_finished_trajectories_stay(pbsd, vic
     assert (run.folder / "error.log").read_text()
 
 
+@pytest.mark.slow
 def test_a_killed_driver_leaves_nothing_behind_and_resumes_to_the_same_losses(pbsd):
     """SIGKILL after a checkpoint; the resumed run repeats what an uninterrupted one does."""
     options = (*SMALL, "--steps", "5", "--checkpoint.every", "2")

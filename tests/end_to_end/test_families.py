@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 
 import pytest
@@ -15,9 +16,14 @@ pytestmark = pytest.mark.slow
     ("llama", {}, {"tp": 2}),
     ("qwen2", {"tie_word_embeddings": True, "num_hidden_layers": 5}, {"tp": 1, "pp": 2}),
     ("mistral", {"num_hidden_layers": 5}, {"tp": 1, "pp": 2, "vpp": 2}),
+    ("deepseek_v3", {"num_hidden_layers": 5}, {"tp": 2, "ep": 2}),
+    ("kimi_k2", {"n_group": 1, "topk_group": 1, "num_experts_per_tok": 3}, {"tp": 1, "pp": 2}),
 ])
 def test_policy_of_the_engine_is_that_of_the_learner(pbsd, tmp_path, model_type, changes, layout):
-    folder = make_tiny(model_type, tmp_path / model_type, vocab_size=2049, max_position_embeddings=1024, **changes)
+    known = "deepseek_v3" if model_type == "kimi_k2" else model_type
+    folder = make_tiny(known, tmp_path / model_type, vocab_size=2049, max_position_embeddings=1024, **changes)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": model_type}))
     shutil.copy(ROOT / "assets" / "search_qa_base" / "tokenizer.json", folder)
     sizes = [word for key, size in layout.items() for word in (f"--learner.parallel.{key}", str(size))]
     run = pbsd(model_type, *SMALL, "--steps", "2", "--model.path", str(folder), *sizes,

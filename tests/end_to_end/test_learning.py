@@ -10,6 +10,7 @@ import pytest
 import torch
 from pbsd_process import INLINE, QUICKSTART, ROOT, SMALL
 
+pytestmark = pytest.mark.slow
 STEPS = 12
 
 

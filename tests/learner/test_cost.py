@@ -16,6 +16,7 @@ MODELS = [
     ("qwen3", {}), ("qwen3", {"head_dim": 32, "num_key_value_heads": 4}),
     ("qwen3_moe", {}), ("qwen3_moe", {"decoder_sparse_step": 2, "mlp_only_layers": [], "num_experts_per_tok": 3}),
     ("glm4_moe", {}), ("glm4_moe", {"n_shared_experts": 1, "first_k_dense_replace": 3}),
+    ("deepseek_v3", {}), ("deepseek_v3", {"q_lora_rank": None, "v_head_dim": 20}),
 ]
 
 

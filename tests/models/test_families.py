@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import math
 
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from safetensors import safe_open
-from tiny_models import TINY, make_tiny, tiny_config
+from tiny_models import TINY, YARN, make_tiny, tiny_config
 
 from megatron_pbsd.config import ParallelConfig
 from megatron_pbsd.models import ModelError, family
@@ -17,6 +16,7 @@ from megatron_pbsd.models.decoder import initial_value, kept_in_float32
 from megatron_pbsd.models.hf_config import read
 from megatron_pbsd.models.parameters import coordinates
 from megatron_pbsd.models.transformer_engine import parameter_names
+from megatron_pbsd.platform.cpu import Cpu
 
 ONE = ParallelConfig(world_size=1, tp=1)
 SMOLLM2 = {"num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 36, "head_dim": 4,
@@ -35,6 +35,8 @@ VARIANTS = [
     ("qwen3_moe", {"decoder_sparse_step": 2, "mlp_only_layers": [], "tie_word_embeddings": True}),
     ("glm4_moe", {}),
     ("glm4_moe", {"use_qk_norm": False, "attention_bias": False, "first_k_dense_replace": 3}),
+    ("deepseek_v3", {}),
+    ("deepseek_v3", {"q_lora_rank": None, "first_k_dense_replace": 0, "n_shared_experts": 1}),
 ]
 CHECKPOINT = {"architectures": ["X"], "torch_dtype": "bfloat16", "rope_scaling": None, "use_cache": True}
 """Fields as transformers 4 wrote them."""
@@ -86,10 +88,11 @@ def test_only_score_biases_are_kept_in_float32_by_transformers_too(tmp_path):
 
 
 def megatron_config(hf):
-    from megatron.core.transformer.transformer_config import TransformerConfig
+    from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
     fields = family(hf).transformer_config(hf)
-    return TransformerConfig(**fields | {"activation_func": getattr(torch.nn.functional, fields["activation_func"])})
+    kind = MLATransformerConfig if "kv_lora_rank" in fields else TransformerConfig
+    return kind(**fields | {"activation_func": getattr(torch.nn.functional, fields["activation_func"])})
 
 
 ROUTING = st.one_of(
@@ -189,24 +192,6 @@ def test_frequencies_are_those_of_transformers_to_the_last_bit(scaling, theta, h
     assert torch.equal(family(hf).inverse_frequencies(hf), expected.inv_freq)
 
 
-def test_smollm2_as_it_is_published():
-    """config.json of SmolLM2-135M-Instruct."""
-    hf = {
-        "architectures": ["LlamaForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 1,
-        "eos_token_id": 2, "hidden_act": "silu", "hidden_size": 576, "initializer_range": 0.041666666666666664,
-        "intermediate_size": 1536, "is_llama_config": True, "max_position_embeddings": 8192, "mlp_bias": False,
-        "model_type": "llama", "num_attention_heads": 9, "num_hidden_layers": 30, "num_key_value_heads": 3,
-        "pad_token_id": 2, "pretraining_tp": 1, "rms_norm_eps": 1e-05, "rope_interleaved": False,
-        "rope_scaling": None, "rope_theta": 100000, "tie_word_embeddings": True, "torch_dtype": "bfloat16",
-        "transformers.js_config": {"kv_cache_dtype": {"q4f16": "float16"}}, "transformers_version": "4.42.3",
-        "use_cache": True, "vocab_size": 49152}
-    assert sum(math.prod(shape) for shape in family(hf).hf_tensors(hf).values()) == 134_515_008
-    (problem,) = family(hf).layout_problems(hf, ParallelConfig(world_size=2, tp=2))
-    assert problem.startswith("learner.parallel.tp = 2 does not divide")
-    assert "num_key_value_heads = 3" in problem and "[1, 3]" in problem
-    assert not family(hf).layout_problems(hf, ParallelConfig(world_size=3, tp=3))
-
-
 @pytest.mark.parametrize("model_type", TINY)
 def test_config_as_transformers_4_and_5_write_it(model_type):
     from transformers import AutoConfig
@@ -254,23 +239,53 @@ def test_config_as_transformers_4_and_5_write_it(model_type):
     ("qwen3_moe", {"attention_bias": True}, "'attention_bias' = True is not implemented"),
     ("qwen3_moe", {"num_local_experts": ..., "num_experts": ...}, "'num_experts' or 'num_local_experts' is missing"),
     ("qwen3_moe", {"num_local_experts": 4, "num_experts": 8}, "two names of one field"),
-    ("qwen3_moe", {"decoder_sparse_step": 0}, "'decoder_sparse_step' = 0 is not a positive number"),
+    ("qwen3_moe", {"decoder_sparse_step": 0}, "'decoder_sparse_step' = 0 is below 1"),
     ("qwen3_moe", {"mlp_only_layers": [0, 1, 2, 3]}, "no layer has experts"),
     ("qwen3_moe", {"num_experts_per_tok": 9}, "num_experts_per_tok = 9 is not between 1 and"),
     ("qwen3_moe", {"num_experts_per_tok": 1}, "norm_topk_prob = True with num_experts_per_tok = 1"),
     ("glm4_moe", {"norm_topk_prob": False}, "norm_topk_prob = False with num_experts_per_tok = 2"),
     ("glm4_moe", {"n_group": 4, "topk_group": 2}, "num_experts_per_tok = 2 with topk_group = 2 is not implemented"),
-    ("glm4_moe", {"n_group": 3}, "n_group = 3 groups .* do not divide 8 experts"),
-    ("glm4_moe", {"n_shared_experts": 0}, "'n_shared_experts' = 0 is not implemented"),
+    ("glm4_moe", {"n_group": 8, "topk_group": 1}, "num_experts_per_tok = 2 is more than topk_group = 1 groups have"),
+    ("qwen3", {"vocab_size": None, "hidden_size": "32"},
+     "'vocab_size' = None is not a whole number; 'hidden_size' = '32' is not a whole number"),
+    ("qwen3", {"num_hidden_layers": 0, "rms_norm_eps": -1.0}, "'num_hidden_layers' = 0 is below 1; .* -1.0 is below 0"),
+    ("qwen3", {"rope_parameters": {"rope_type": "default", "rope_theta": None}}, "rope_theta' = None is not a"),
+    ("llama", {"rope_parameters": 2, "tie_word_embeddings": 1},
+     "= 1 is not true or false; .* = 2 is not an object or null"),
+    ("glm4_moe", {"n_group": 3}, "n_group = 3 groups .* do not divide n_routed_experts = 8"),
+    ("glm4_moe", {"n_shared_experts": 0}, "'n_shared_experts' = 0 is below 1"),
     ("glm4_moe", {"rope_parameters": {"rope_type": "default", "rope_theta": 1.0, "partial_rotary_factor": 0.2}},
      "head_dim = 16 \\* partial_rotary_factor = 0.2 gives 3"),
     ("glm4_moe", {"num_attention_heads": 5}, "num_attention_heads = 5 is not a multiple of num_key_value_heads = 2"),
+    ("deepseek_v3", {"quantization_config": {"quant_method": "fp8"}}, "'quantization_config' = .*dequantise the"),
+    ("deepseek_v3", {"attention_bias": True}, "'attention_bias' = True is not implemented"),
+    ("deepseek_v3", {"num_key_value_heads": 2}, "'num_key_value_heads' = 2 is not implemented; supported: 4"),
+    ("deepseek_v3", {"head_dim": 16}, "'head_dim' = 16 is not implemented; supported: 8"),
+    ("deepseek_v3", {"qk_head_dim": 16}, "'qk_head_dim' = 16 is not implemented; supported: 24"),
+    ("deepseek_v3", {"kv_lora_rank": ..., "v_head_dim": ...}, "'kv_lora_rank' is missing; 'v_head_dim' is missing"),
+    ("deepseek_v3", {"n_group": None}, "'n_group' = None is not a whole number"),
+    ("deepseek_v3", {"scoring_func": "softmax"}, "'scoring_func' = 'softmax' is not implemented; supported: 'sigmoid'"),
+    ("deepseek_v3", {"rope_parameters": YARN | {"mscale": 0.0}}, "'mscale' = 0.0 with 'mscale_all_dim' = 1.0 of yarn"),
+    ("deepseek_v3", {"rope_parameters": YARN | {"attention_factor": 1.5}}, "'rope_parameters.attention_factor' = 1.5"),
+    ("deepseek_v3", {"rope_parameters": {"rope_type": "yarn"}}, "'rope_parameters.factor' is missing"),
+    ("deepseek_v3", {"rope_parameters": {"rope_type": "llama3"}}, "'llama3' is not implemented; .* 'default', 'yarn'"),
+    ("kimi_k2", {"first_k_dense_replace": 4}, "no layer has experts"),
 ])
 def test_what_is_not_implemented_is_named(model_type, changes, words):
-    written = {name: value for name, value in changes.items() if value is not ...}
-    left = tiny_config(model_type, **{name: value for name, value in changes.items() if value is ...})
+    written = {"model_type": model_type} | {name: value for name, value in changes.items() if value is not ...}
+    known = "deepseek_v3" if model_type == "kimi_k2" else model_type
+    left = tiny_config(known, **{name: value for name, value in changes.items() if value is ...})
     with pytest.raises(ModelError, match=words):
         family(left | written)
+
+
+@pytest.mark.parametrize(("text", "words"), [("{", "is not JSON: "), ("[1]", "is not a JSON object but a list"),
+                                              ('"x"', "is not a JSON object but a text"), (None, "does not exist")])
+def test_a_file_that_is_no_configuration_is_named(tmp_path, text, words):
+    if text is not None:
+        (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ModelError, match=f"{tmp_path}/config.json {words}"):
+        read(tmp_path)
 
 
 def test_tensors_that_a_checkpoint_may_hold_besides():
@@ -281,6 +296,47 @@ def test_tensors_that_a_checkpoint_may_hold_besides():
         "model.layers.4.eh_proj.weight", "model.layers.5.mlp.gate.weight"}
     tied = tiny_config("qwen3", tie_word_embeddings=True)
     assert {name for name in extra if family(tied).ignored_tensor(tied, name)} == {"lm_head.weight"}
+
+
+@settings(max_examples=60)
+@given(
+    factor=st.floats(1, 64), theta=st.floats(100, 1e7), half=st.integers(2, 64), original=st.integers(64, 2**15),
+    fast=st.floats(1, 64), slow=st.floats(0.5, 1),
+    mscales=st.tuples(st.floats(0.1, 2), st.floats(0.1, 2)) | st.just((1, 0)))
+def test_yarn_turns_and_scales_as_in_transformers(factor, theta, half, original, fast, slow, mscales):
+    import megatron.core.models.common.embeddings.yarn_rotary_pos_embedding as megatron_yarn
+    from transformers import AutoConfig
+    from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention, DeepseekV3RotaryEmbedding
+
+    widths = {"qk_rope_head_dim": 2 * half, "head_dim": 2 * half, "qk_head_dim": 16 + 2 * half}
+    hf = tiny_config("deepseek_v3", **widths, rope_parameters={
+        "rope_type": "yarn", "rope_theta": theta, "factor": factor, "original_max_position_embeddings": original,
+        "beta_fast": fast, "beta_slow": slow, "mscale": mscales[0], "mscale_all_dim": mscales[1]})
+    expected = DeepseekV3RotaryEmbedding(AutoConfig.for_model(**hf))
+    found = megatron_config(hf)
+    assert found.rope_type == "yarn"
+    with Cpu().running():
+        turned, scale = megatron_yarn.YarnRotaryEmbedding(
+            found.qk_pos_emb_head_dim, rotary_base=found.rotary_base, scaling_factor=found.rotary_scaling_factor,
+            original_max_position_embeddings=found.original_max_position_embeddings, beta_fast=found.beta_fast,
+            beta_slow=found.beta_slow, mscale=found.mscale, mscale_all_dim=found.mscale_all_dim).get_emb(2)
+    torch.testing.assert_close(turned[1, 0, 0, :half], expected.inv_freq)
+    assert scale == pytest.approx(expected.attention_scaling)
+    softmax = megatron_yarn._yarn_get_mscale(found.rotary_scaling_factor, found.mscale_all_dim) ** 2
+    width = found.qk_head_dim + found.qk_pos_emb_head_dim
+    assert softmax * width**-0.5 == pytest.approx(DeepseekV3Attention(AutoConfig.for_model(**hf), 0).scaling)
+
+
+def test_norms_of_latents_move_into_the_up_projections():
+    hf, parallel = tiny_config("deepseek_v3"), ParallelConfig(world_size=1, tp=1)
+    renamed = parameter_names(family(hf).pieces(hf, parallel, coordinates(parallel, 0), 0))
+    layer = "decoder.layers.1"
+    assert {old: new for old, new in renamed.items()
+            if old.startswith(layer) and "norm" in old} == {
+        f"{layer}.input_layernorm.weight": f"{layer}.input_layernorm.weight",
+        f"{layer}.self_attention.q_layernorm.weight": f"{layer}.self_attention.linear_q_up_proj.layer_norm_weight",
+        f"{layer}.self_attention.kv_layernorm.weight": f"{layer}.self_attention.linear_kv_up_proj.layer_norm_weight",
+        f"{layer}.pre_mlp_layernorm.weight": f"{layer}.pre_mlp_layernorm.weight"}
 
 
 def test_names_of_transformer_engine_modules():

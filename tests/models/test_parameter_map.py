@@ -129,10 +129,14 @@ def test_where_the_longer_stages_are(layers, pp, vpp, expected):
             for rank in range(pp)] == expected
 
 
-@pytest.mark.parametrize("layout", [{"pp": 4}, {"pp": 4, "vpp": 3}, {"tp": 2, "pp": 4}, {"pp": 60}], ids=str)
-def test_61_layers(layout):
+@pytest.mark.parametrize(("model_type", "layout"), [
+    *(("qwen2", layout) for layout in ({"pp": 4}, {"pp": 4, "vpp": 3}, {"tp": 2, "pp": 4}, {"pp": 60})),
+    ("deepseek_v3", {"pp": 4, "tp": 2, "ep": 2}),
+], ids=str)
+def test_61_layers(model_type, layout):
     ranks = layout["pp"] * layout.get("tp", 1)
-    hf = tiny_config("qwen2", num_hidden_layers=61, layer_types=["full_attention"] * 61, vocab_size=131)
+    special = {"qwen2": {"layer_types": ["full_attention"] * 61}, "deepseek_v3": {"first_k_dense_replace": 3}}
+    hf = tiny_config(model_type, num_hidden_layers=61, vocab_size=131, **special[model_type])
     assert_covered(hf, ParallelConfig(**{"world_size": ranks, "tp": 1} | layout))
 
 
@@ -148,6 +152,40 @@ def test_fused_qkv_is_interleaved_by_key_value_head(kind):
             for p in second[f"decoder.layers.0.self_attention.linear_qkv.{kind}"]]
     assert rows == [(f"q_proj.{kind}", 16, 24), (f"k_proj.{kind}", 8, 12), (f"v_proj.{kind}", 8, 12),
                     (f"q_proj.{kind}", 24, 32), (f"k_proj.{kind}", 12, 16), (f"v_proj.{kind}", 12, 16)]
+
+
+def test_halves_of_rotated_dimensions_lie_pair_by_pair():
+    hf = tiny_config("deepseek_v3", rope_interleave=False)
+    second = local(hf, ParallelConfig(world_size=2, tp=2), 1)
+    rows = [(p.hf_index[0], p.local_index[0], p.primary)
+            for p in second["decoder.layers.0.self_attention.linear_q_up_proj.weight"]]
+    # Heads 2 and 3 of 24 rows, of which 16 have no position.
+    assert rows == [
+        (slice(48, 64), slice(0, 16), True), (slice(64, 68), slice(16, 24, 2), True),
+        (slice(68, 72), slice(17, 24, 2), True), (slice(72, 88), slice(24, 40), True),
+        (slice(88, 92), slice(40, 48, 2), True), (slice(92, 96), slice(41, 48, 2), True)]
+    down = second["decoder.layers.0.self_attention.linear_kv_down_proj.weight"]
+    assert [(p.hf_index[0], p.local_index[0], p.primary) for p in down] == [
+        (slice(0, 12), slice(0, 12), False), (slice(12, 16), slice(12, 20, 2), False),
+        (slice(16, 20), slice(13, 20, 2), False)]
+
+
+@pytest.mark.parametrize("interleave", [True, False])
+@pytest.mark.parametrize("rank", [None, 20])
+@settings(max_examples=30)
+@given(data=st.data())
+def test_latent_attention_is_covered(interleave, rank, data):
+    hf = tiny_config("deepseek_v3", q_lora_rank=rank, rope_interleave=interleave)
+    assert_covered(hf, data.draw(layouts([1, 2], 32)))
+
+
+def test_latent_attention_needs_its_heads_divided_only():
+    hf = tiny_config("deepseek_v3", q_lora_rank=21, kv_lora_rank=13)
+    assert not layout_problems(hf, ParallelConfig(world_size=4, tp=4))
+    (problem,) = layout_problems(hf, ParallelConfig(world_size=8, tp=8))
+    assert "num_attention_heads = 4; valid" in problem
+    (problem,) = layout_problems(hf, ParallelConfig(world_size=2, tp=1, dynamic_cp=True))
+    assert problem.startswith("learner.parallel.dynamic_cp = True is not for latent attention")
 
 
 def test_experts_are_divided_over_ranks_and_each_over_its_tensor_parallel_ranks():

@@ -28,14 +28,17 @@ def test_positions_are_where_the_learner_has_put_the_tokens(cp):
 
 @pytest.mark.parametrize(("dtype", "precision"), [(torch.float32, 1e-6), (torch.bfloat16, 2**-6)])
 @pytest.mark.parametrize("rotated", [16, 12])
-def test_each_sequence_is_rotated_as_if_it_were_alone(rotated, dtype, precision):
+@pytest.mark.parametrize("options", [{}, {"multi_latent_attention": True, "mscale": 0.8}], ids=["grouped", "latent"])
+def test_each_sequence_is_rotated_as_if_it_were_alone(rotated, dtype, precision, options):
     torch.manual_seed(0)
     lengths, heads, width = [13, 1, 40, 7], 3, 16
     angles = torch.outer(torch.arange(40.0), 100 ** -torch.linspace(0, 1, rotated // 2)).repeat(1, 2)[:, None, None]
     tensor = torch.randn(sum(lengths), heads, width, dtype=dtype, requires_grad=True)
     alone = torch.cat([
-        _apply_rotary_pos_emb_bshd(part[:, None], angles[: len(part)])[:, 0] for part in tensor.split(lengths)])
-    together = rotate_packed(tensor, torch.tensor([0, *np.cumsum(lengths)]).int(), angles, cp_group=Ranks(1, 0))
+        _apply_rotary_pos_emb_bshd(part[:, None], angles[: len(part)], **options)[:, 0]
+        for part in tensor.split(lengths)])
+    bounds = torch.tensor([0, *np.cumsum(lengths)]).int()
+    together = rotate_packed(tensor, bounds, angles, cp_group=Ranks(1, 0), **options)
     direction = torch.randn_like(tensor)
     gradients = [torch.autograd.grad(result, tensor, direction)[0] for result in (together, alone)]
     for found, expected in ((together, alone), gradients):

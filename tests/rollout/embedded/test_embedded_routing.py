@@ -13,6 +13,8 @@ from safetensors.torch import load_file
 from scripted_rollout import EchoEnvironment, requests
 from transformers import (
     AutoModelForCausalLM,
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
     Glm4MoeConfig,
     Glm4MoeForCausalLM,
     PreTrainedModel,
@@ -40,7 +42,12 @@ FAMILIES = {
     # The first layer is dense; experts are chosen from one of two halves, by sigmoid and a bias.
     "glm4_moe": lambda: Glm4MoeForCausalLM(Glm4MoeConfig(
         **SHAPE, n_routed_experts=8, first_k_dense_replace=1, n_group=2, topk_group=1, n_shared_experts=1)),
+    "deepseek_v3": lambda: DeepseekV3ForCausalLM(DeepseekV3Config(
+        **SHAPE | dict(num_key_value_heads=4, head_dim=8), n_routed_experts=8, first_k_dense_replace=1, n_group=2,
+        topk_group=1, n_shared_experts=1, q_lora_rank=24, kv_lora_rank=16, qk_nope_head_dim=16, qk_rope_head_dim=8,
+        v_head_dim=12)),
 }
+BIASED = (Glm4MoeForCausalLM, DeepseekV3ForCausalLM)
 MOE_LAYERS, TOP_K = 3, 3
 
 
@@ -74,7 +81,7 @@ def routed(model: PreTrainedModel, tokens: Sequence[int]) -> np.ndarray:
         logits = model(torch.tensor([tokens]), output_router_logits=True).router_logits
     chosen = []
     for layer, scores in enumerate(logits):
-        if isinstance(model, Glm4MoeForCausalLM):
+        if isinstance(model, BIASED):
             gate = model.model.layers[layer + 1].mlp.gate
             scores = torch.sigmoid(scores) + gate.e_score_correction_bias
             left, right = scores[:, :4], scores[:, 4:]
@@ -88,7 +95,7 @@ def check(model: PreTrainedModel, tokens: Sequence[int], experts: np.ndarray, st
     """`experts` are those of `tokens[start:]`."""
     expected = routed(model, tokens)[start:]
     assert experts.dtype == np.int16 and experts.shape == (len(tokens) - start, MOE_LAYERS, TOP_K)
-    if isinstance(model, Glm4MoeForCausalLM):  # its router does not sort them
+    if isinstance(model, BIASED):  # its router does not sort them
         expected, experts = np.sort(expected), np.sort(experts)
     np.testing.assert_array_equal(experts, expected)
 

@@ -12,6 +12,8 @@ import torch
 from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers.modeling_utils import AttentionInterface
 
+from megatron_pbsd.rollout.engines.embedded.kv_cache import SlotCache
+
 PACKED_ATTENTION = "pbsd_packed"
 
 # The order in which CPU kernels (torch's flash attention over MKL) add up a token's attention depends on how many
@@ -84,12 +86,14 @@ class DecodeRows:
 class PackedLayout:
     """Who attends to what in one forward pass; made once per step, shared by all layers.
 
-    The row ends with `padding` tokens that belong to nobody.
+    The row ends with `padding` tokens that belong to nobody. cache: where its keys and values go, and those of earlier
+    tokens are; None: nothing is cached, and all lie in the row.
     """
 
     decode: DecodeRows | None
     segments: tuple[Segment, ...]
     padding: int
+    cache: SlotCache | None = None
 
 
 def blocked_mask(blocked: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -181,11 +185,17 @@ def packed_attention(
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention function over a row of T packed tokens.
 
-    query [1, heads, T, head_dim]; key, value: a layer of SlotCache, or the row's own when nothing is cached.
-    Returns [1, T, heads, value_dim]. NotImplementedError for soft-capped scores and attention sinks.
+    query [1, heads, T, head_dim]; key, value [1, kv_heads, T, head_dim], values may be narrower. Returns
+    [1, T, heads, value_dim]. NotImplementedError for soft-capped scores and attention sinks.
     """
     if softcap is not None or s_aux is not None:
         raise NotImplementedError(f"{type(module).__name__}: soft-capped scores and attention sinks are not supported")
+    width, missing = value.shape[-1], key.shape[-1] - value.shape[-1]
+    if missing > 0:
+        # The bounds above are of the kernel for equal widths.
+        value = pad(value, (0, missing))
+    if layout.cache is not None:
+        key, value = layout.cache.update(key, value, module.layer_idx)
     parts = []
     if rows := layout.decode:
         parts.append(attend_decode(rows, query[0, :, : rows.count].transpose(0, 1), key, value, scaling))
@@ -193,7 +203,7 @@ def packed_attention(
     if layout.padding:
         parts.append(query.new_zeros(layout.padding, query.shape[1], value.shape[-1]))
     output = parts[0] if len(parts) == 1 else torch.cat(parts)
-    return output[None], None
+    return output[None, ..., :width], None
 
 
 AttentionInterface.register(PACKED_ATTENTION, packed_attention)

@@ -1,4 +1,4 @@
-"""Keys and values of many requests in a fixed number of slots, behind the Cache interface of transformers."""
+"""Keys and values of many requests in a fixed number of slots."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Collection
 
 import numpy as np
 import torch
-from transformers.cache_utils import Cache
 
 
 class SlotTable:
@@ -60,16 +59,17 @@ def common_prefix(a: list[int], b: list[int]) -> int:
     return next(i for i in range(n) if a[i] != b[i])
 
 
-class SlotCache(Cache):
+class SlotCache:
     """Per layer keys [slots + 1, kv_heads, length, head_dim] and values alike, allocated at the layer's first update.
 
     `update` stores the packed tokens of a step at the places given to `place`, and hands back the layer's slots. The
-    last slot, `scratch`, takes what padding tokens write. experts: int16 [slots + 1, length, MoE layers, top-k], which
-    experts the tokens were read by, once `keep_experts` has been called.
+    last slot, `scratch`, takes what padding tokens write. Kept are the keys and values that attention meets, not what
+    transformers would cache: of latent attention those are latents, from which the keys and values of whole contexts
+    would be computed anew at every token. experts: int16 [slots + 1, length, MoE layers, top-k], which experts the
+    tokens were read by, once `keep_experts` has been called.
     """
 
     def __init__(self, slots: int, length: int) -> None:
-        super().__init__(layers=[])
         self.scratch = slots
         self.length = length
         self.keys: list[torch.Tensor] = []
@@ -80,15 +80,15 @@ class SlotCache(Cache):
         """Slot and position [T] of each token of the next step."""
         self._slots, self._positions = slots, positions
 
-    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
-        """key_states, value_states [1, kv_heads, T, head_dim]."""
-        if layer_idx == len(self.keys):
-            for store, states in ((self.keys, key_states), (self.values, value_states)):
+    def update(self, key: torch.Tensor, value: torch.Tensor, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """key, value [1, kv_heads, T, head_dim]."""
+        if layer == len(self.keys):
+            for store, states in ((self.keys, key), (self.values, value)):
                 _, heads, _, size = states.shape
                 store.append(states.new_zeros(self.scratch + 1, heads, self.length, size))
-        keys, values = self.keys[layer_idx], self.values[layer_idx]
-        keys[self._slots, :, self._positions] = key_states[0].transpose(0, 1)
-        values[self._slots, :, self._positions] = value_states[0].transpose(0, 1)
+        keys, values = self.keys[layer], self.values[layer]
+        keys[self._slots, :, self._positions] = key[0].transpose(0, 1)
+        values[self._slots, :, self._positions] = value[0].transpose(0, 1)
         return keys, values
 
     def keep_experts(self, experts: torch.Tensor) -> None:
@@ -105,7 +105,3 @@ class SlotCache(Cache):
         """Zero every slot: a NaN left by bad weights would pass through the attention mask."""
         for tensor in (*self.keys, *self.values):
             tensor.zero_()
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Positions are always given explicitly, so that no length is common to the slots."""
-        return 0

@@ -21,6 +21,18 @@ from megatron_pbsd.rollout.engines.protocol import Chunk
 # Matrix products of fewer rows go through other CPU kernels, whose results differ in the last bit.
 MINIMUM_ROWS = 16
 
+SAME_MODEL = {"kimi_k2": "deepseek_v3"}
+"""model_type that transformers does not know → the one under which it has the same model."""
+
+
+def read_config(path: str) -> PretrainedConfig:
+    """OSError and ValueError say what is wrong with the folder."""
+    fields, _ = PretrainedConfig.get_config_dict(path, local_files_only=True)
+    name = fields.pop("model_type", None)
+    if name in SAME_MODEL:
+        return AutoConfig.for_model(SAME_MODEL[name], **fields)
+    return AutoConfig.from_pretrained(path, local_files_only=True)
+
 
 def check_supported(config: PretrainedConfig, max_context: int) -> None:
     """ValueError for attention that the slot cache cannot serve, or a context beyond the trained positions."""
@@ -42,11 +54,11 @@ class PackedModel:
     """
 
     def __init__(self, path: str, max_context: int, device: str, dtype: str, load_weights: bool = True) -> None:
-        config = AutoConfig.from_pretrained(path, local_files_only=True)
+        config = read_config(path)
         check_supported(config, max_context)
         settings = {"dtype": getattr(torch, dtype), "attn_implementation": PACKED_ATTENTION}
         self.module = (
-            AutoModelForCausalLM.from_pretrained(path, local_files_only=True, **settings)
+            AutoModelForCausalLM.from_pretrained(path, config=config, local_files_only=True, **settings)
             if load_weights
             else AutoModelForCausalLM.from_config(config, **settings)
         )
@@ -98,10 +110,9 @@ class PackedModel:
         logits = self.module(
             input_ids=self._tensor([t for s in sequences for t in s.tokens[s.computed :]] + [0] * padding)[None],
             position_ids=positions[None],
-            past_key_values=cache,
-            use_cache=True,
+            use_cache=False,
             logits_to_keep=keep,
-            layout=PackedLayout(rows, tuple(segments), padding),
+            layout=PackedLayout(rows, tuple(segments), padding, cache),
         ).logits
         if self._choices:
             cache.keep_experts(self._choices.latest())
