@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from megatron_pbsd.config import ParallelConfig
 from megatron_pbsd.models.decoder import Decoder
+from megatron_pbsd.models.errors import ModelError
 from megatron_pbsd.models.mapping import pieces
 from megatron_pbsd.models.parameters import Index, Piece, coordinates, local_shape
 from megatron_pbsd.models.transformer_engine import parameter_names
@@ -59,11 +60,14 @@ class Unit:
 def units(decoder: Decoder, layer_axis: bool = False) -> list[Unit]:
     """All of a checkpoint's weights in the order of the model.
 
-    layer_axis: layers share tensors with an axis for them.
+    layer_axis: layers share tensors with an axis for them. ModelError for latent attention without interleaving.
     """
     parameters = pieces(decoder, UNDIVIDED, coordinates(UNDIVIDED, 0), chunk=0)
     names = parameter_names(parameters)
     found = []
+    if any(part.local_index[0].step not in (None, 1) for parts in parameters.values() for part in parts):
+        raise ModelError("config.json: rope_interleave = false is not implemented for checkpoints, whose rows of "
+                         "queries and keys lie between each other then; supported: true")
     for name, parts in parameters.items():
         key, axes = stored_name(names[name], decoder, layer_axis)
         shape = (*(size for _, size in axes), *local_shape(parts))

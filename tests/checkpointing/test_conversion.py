@@ -237,6 +237,16 @@ def test_a_config_that_lies_is_refused_or_means_the_same_tensors(models, model_t
     assert refused >= {"model_type", "hidden_size", "num_hidden_layers", "num_key_value_heads", "vocab_size"}
 
 
+def test_an_output_layer_that_is_the_embedding_may_be_there(models, tmp_path):
+    """Some writers keep the copy."""
+    hf = copy(models["odd"][0], tmp_path / "hf")
+    change_weights(hf, lambda w: w.update({"lm_head.weight": w["model.embed_tokens.weight"].clone()}))
+    assert ToMegatron(hf).problems() == []
+    change_weights(hf, lambda w: w["lm_head.weight"][7].neg_())
+    (problem,) = ToMegatron(hf).problems()
+    assert "lm_head.weight is not model.embed_tokens.weight" in problem
+
+
 def test_a_layout_is_checked_before(models, tmp_path):
     with pytest.raises(CheckpointError, match=r"tp = 4 does not divide .*valid for this model: \[1, 2\]"):
         convert(ToMegatron(models["qwen3"][0], layout=ParallelConfig(world_size=4, tp=4)), tmp_path / "target")

@@ -11,6 +11,7 @@ from tiny_models import TINY, tiny_config
 from megatron_pbsd.config import ParallelConfig
 from megatron_pbsd.models import family
 from megatron_pbsd.models.dist_checkpoint import extra_states, has_layer_axis, places, rank_boxes, units
+from megatron_pbsd.models.errors import ModelError
 from tests.models.test_parameter_map import layouts
 
 
@@ -57,6 +58,12 @@ def test_over_all_ranks_every_element_has_one_box(model_type, data):
         for key, box in rank_boxes(decoder, parallel, rank):
             stored[key][box] += 1
     assert all((count == 1).all() for count in stored.values())
+
+
+def test_rows_that_lie_between_each_other_are_refused():
+    decoder, _ = decoder_of("deepseek_v3", rope_interleave=False)
+    with pytest.raises(ModelError, match="rope_interleave = false"):
+        units(decoder)
 
 
 def test_boxes_of_a_rank_are_few():

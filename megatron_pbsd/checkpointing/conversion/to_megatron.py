@@ -33,7 +33,8 @@ from megatron_pbsd.checkpointing.conversion.plan import (
     snapshot,
     write_digests,
 )
-from megatron_pbsd.checkpointing.hf_folder import CHECKSUMS, FLOATS, HfFolder, carry
+from megatron_pbsd.checkpointing.conversion.to_hf import hf_parts
+from megatron_pbsd.checkpointing.hf_folder import CHECKSUMS, FLOATS, HfFolder, carry, digest
 from megatron_pbsd.checkpointing.torch_dist import Reader, Writer, assemble, listed, write_common
 from megatron_pbsd.config import ParallelConfig
 from megatron_pbsd.models import family
@@ -43,6 +44,8 @@ from megatron_pbsd.models.errors import ModelError
 from megatron_pbsd.models.hf_config import read
 
 FILE_BYTES = 1 << 30
+PIECE = 64 << 20
+"""Bytes."""
 CONTENT = {"non_homogeneous_layers": True, "singleton_local_shards": False}
 """How Megatron-core is to name what it looks for."""
 CHECKPOINT_VERSION = 3.0
@@ -70,7 +73,7 @@ class ToMegatron:
         problems = [] if self.layout is None else model.layout_problems(hf, self.layout)
         wrong = folder.problems(model.hf_tensors(hf), lambda name: model.ignored_tensor(hf, name))
         wrong += self._dtype_problems(hf, set(model.hf_tensors(hf)))
-        wrong = wrong or self._mixed_dtypes()
+        wrong = wrong or self._undividable() or self._mixed_dtypes() + _left_out_problems(folder, self._decoder)
         return problems + [f"weights in {self.source}: {problem}" for problem in wrong]
 
     def identity(self) -> dict[str, Any]:
@@ -167,6 +170,13 @@ class ToMegatron:
                 f"{others[0]} for one; say which it is to be with --dtype {found[0]} or --dtype {declared}")
         return problems
 
+    def _undividable(self) -> list[str]:
+        try:
+            units(self._decoder)
+        except ModelError as error:
+            return [str(error)]
+        return []
+
     def _mixed_dtypes(self) -> list[str]:
         if self.dtype is not None:
             return []
@@ -203,6 +213,21 @@ class ToMegatron:
                 return values
             made[inside] = values
         return made
+
+
+def _left_out_problems(folder: HfFolder, decoder: Decoder) -> list[str]:
+    """Tensors that are no part of the model, according to config.json, but according to the weights."""
+    problems = []
+    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
+    if decoder.tie_word_embeddings and head in folder.tensors and (
+            digest(hf_parts(folder, head, PIECE)) != digest(hf_parts(folder, embedding, PIECE))):
+        problems.append(f"{head} is not {embedding}, but config.json says tie_word_embeddings = true")
+    for layer in range(decoder.num_hidden_layers, decoder.num_hidden_layers + decoder.mtp_layers):
+        prefix = f"model.layers.{layer}."
+        if any(name.startswith(prefix) for name in folder.tensors) and f"{prefix}eh_proj.weight" not in folder.tensors:
+            problems.append(f"{prefix}* is no layer for multi-token prediction, as it lacks {prefix}eh_proj.weight, "
+                            f"but config.json says num_hidden_layers = {decoder.num_hidden_layers}")
+    return problems
 
 
 def _overlaps(unit: Unit, rows: slice) -> Iterator[tuple[str, slice]]:
