@@ -1,4 +1,4 @@
-"""`pbsd`: train, look at configurations, trajectories, reports and checkpoints, run benches.
+"""`pbsd`: train, look at configurations, trajectories, reports and checkpoints, convert models, run benches.
 
 Only what a command needs is imported, so that `pbsd config check` answers at once. Exit codes: 0 done, 1 the run
 failed, 2 what was asked for is wrong, 130 interrupted, 143 terminated.
@@ -14,6 +14,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 
+from launcher.convert import add_commands
 from megatron_pbsd.errors import PbsdError, UsageError, did_you_mean
 
 DONE, FAILED, WRONG, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
@@ -91,6 +92,9 @@ def parser() -> argparse.ArgumentParser:
         action = command(actions, name, summary, run)
         action.add_argument("folder", metavar="RUN_OR_FOLDER", help="a run's folder, its checkpoints, or one of these")
         action.add_argument("--json", action="store_true", help="print one line")
+    convert = commands.add_parser("convert", help="models between Hugging Face and Megatron, and a look into both",
+                                  allow_abbrev=False)
+    add_commands(command, convert.add_subparsers(dest="action", required=True, metavar="ACTION"))
 
     bench = command(commands, "bench", "measure one part", _bench, epilog=overrides)
     bench.add_argument("name", metavar="NAME", help="a module of launcher/bench")

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from itertools import combinations
-from math import prod
+from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_pbsd.checkpointing.errors import CheckpointError
 from megatron_pbsd.checkpointing.manifest import Manifest, file_problems, read_manifest
-from megatron_pbsd.checkpointing.torch_dist import BACKEND, Entry, Reader, intersection
+from megatron_pbsd.checkpointing.torch_dist import BACKEND, Entry, Reader
 
 LEARNER = "learner"
 """Folder in a checkpoint of a run that holds the learner's distributed checkpoint."""
@@ -48,19 +46,8 @@ def examine(checkpoint: Path) -> list[str]:
 
 def gaps(reader: Reader) -> list[str]:
     """What keeps the index from covering every element of every tensor exactly once, with parts that are there."""
-    problems = []
+    problems = reader.incomplete()
     sizes = {path.name: path.stat().st_size for path in reader.folder.iterdir()}
-    for key, stored in reader.tensors.items():
-        named = f"{reader.folder}: {key} {list(stored.shape)}"
-        for part in stored.parts:
-            if any(s.stop > n for s, n in zip(part.box, stored.shape)) or len(part.box) != len(stored.shape):
-                problems.append(f"{named} has a part at {part.offset} of size {part.size} in {part.file}, outside it")
-        for a, b in _overlapping(stored.parts):
-            problems.append(
-                f"{named} has the same elements twice: at {a.offset} in {a.file}, at {b.offset} in {b.file}")
-        missing = prod(stored.shape) - sum(prod(part.size) for part in stored.parts)
-        if missing > 0:
-            problems.append(f"{named} lacks {missing} of {prod(stored.shape)} elements")
     for file, parts in _by_file(reader).items():
         end = max(part.start + part.length for part in parts)
         if sizes.get(file, 0) < end:
@@ -68,22 +55,6 @@ def gaps(reader: Reader) -> list[str]:
                 f"has {sizes[file]} bytes, its parts end at {end}" if file in sizes else "is missing")
                 + _holding([p.key for p in parts if p.start + p.length > sizes.get(file, 0)]))
     return problems
-
-
-def _overlapping(parts: Sequence[Entry]) -> Iterator[tuple[Entry, Entry]]:
-    """Pairs of parts that share elements; the cells of a grid, which parts usually are, need no comparing."""
-    if len({part.offset for part in parts}) == len(parts) and _is_grid(parts):
-        return
-    for a, b in combinations(parts, 2):
-        if intersection(a.box, b.box) is not None:
-            yield a, b
-
-
-def _is_grid(parts: Sequence[Entry]) -> bool:
-    """Whether all have the same size and begin at its multiples."""
-    size = parts[0].size
-    return all(part.size == size and all(o % n == 0 for o, n in zip(part.offset, size, strict=True) if n)
-               for part in parts)
 
 
 def _by_file(reader: Reader) -> dict[str, list[Entry]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import xxhash
 
 from megatron_pbsd.checkpointing.errors import CheckpointError
+from megatron_pbsd.checkpointing.files import write_synced
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -61,7 +61,7 @@ class Manifest:
 def write_manifest(checkpoint: Path, manifest: Manifest) -> None:
     """To disk, with a checksum of its own: a step or a checksum that changes later is noticed too."""
     body = {"format": FORMAT, **asdict(manifest)}
-    write_synced(checkpoint / MANIFEST, json.dumps({"checksum": _digest(body), **body}, indent=1))
+    write_synced(checkpoint / MANIFEST, json.dumps({"checksum": _digest(body), **body}, indent=1).encode())
 
 
 def read_manifest(checkpoint: Path) -> Manifest:
@@ -119,20 +119,6 @@ def iter_chunks(path: Path) -> Iterator[bytes]:
     with path.open("rb", buffering=0) as file:
         while chunk := file.read(CHUNK):
             yield chunk
-
-
-def write_synced(path: Path, text: str) -> None:
-    path.write_text(text)
-    sync(path)
-
-
-def sync(path: Path) -> None:
-    """A file's content, or which files a folder has, to disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _digest(body: dict[str, Any]) -> str:

@@ -20,6 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from megatron_pbsd.checkpointing.errors import CheckpointError
+from megatron_pbsd.checkpointing.files import sync, write_synced
 from megatron_pbsd.checkpointing.hf_export import export_hf
 from megatron_pbsd.checkpointing.manifest import (
     Contents,
@@ -29,9 +30,7 @@ from megatron_pbsd.checkpointing.manifest import (
     file_problems,
     files_in,
     read_manifest,
-    sync,
     write_manifest,
-    write_synced,
 )
 from megatron_pbsd.resharding import manifest as published
 
@@ -57,7 +56,7 @@ def keep(
     draft, final = checkpoints / DRAFT, checkpoints / RECOVERED
     try:
         export_hf(tensors, origin, draft)
-        write_synced(draft / TENSORS, json.dumps(checksums, indent=1))
+        write_synced(draft / TENSORS, json.dumps(checksums, indent=1).encode())
         if wrong := _differing(draft):
             raise CheckpointError(f"not what was published: {_named(wrong)}")
         files = {}

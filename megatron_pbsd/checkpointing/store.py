@@ -31,6 +31,7 @@ from pathlib import Path
 
 from megatron_pbsd.checkpointing import recovery
 from megatron_pbsd.checkpointing.errors import CheckpointError
+from megatron_pbsd.checkpointing.files import sync, write_synced
 from megatron_pbsd.checkpointing.fsck import LEARNER, gaps, verify
 from megatron_pbsd.checkpointing.manifest import (
     Contents,
@@ -39,9 +40,7 @@ from megatron_pbsd.checkpointing.manifest import (
     checksum,
     files_in,
     read_manifest,
-    sync,
     write_manifest,
-    write_synced,
 )
 from megatron_pbsd.checkpointing.retention import Candidate, best, reasons
 from megatron_pbsd.checkpointing.torch_dist import Reader, assemble, failures, unfinished
@@ -224,7 +223,7 @@ class CheckpointStore:
 
     def _point(self, pointer: str, name: str) -> None:
         temporary = self.folder / f"{pointer}.new"
-        write_synced(temporary, name + "\n")
+        write_synced(temporary, (name + "\n").encode())
         temporary.replace(self.folder / pointer)
         sync(self.folder)
 

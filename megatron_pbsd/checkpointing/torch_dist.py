@@ -22,15 +22,17 @@ import os
 import pickle
 import struct
 import zipfile
-import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import reduce
+from itertools import combinations
 from math import prod
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-import xxhash
+from isal.isal_zlib import crc32
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
@@ -42,12 +44,18 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from megatron_pbsd.checkpointing import archive
 from megatron_pbsd.checkpointing.errors import CheckpointError
+from megatron_pbsd.checkpointing.files import HashedFile, MappedFile, write_synced
 
 METADATA = ".metadata"
 COMMON = "common.pt"
 BACKEND = "metadata.json"
 SUFFIX = ".distcp"
+ELEMENTS = "/data/0"
+"""What torch.save calls the elements of the tensor, in the archive it makes."""
+STEP = 64 << 20
+"""Bytes."""
 Box = tuple[slice, ...]
 
 
@@ -84,17 +92,24 @@ class Writer:
     def tensor(self, key: str, shape: Sequence[int], offset: Sequence[int], part: torch.Tensor) -> None:
         """`part` of the tensor `key` of this shape begins at `offset`; leading axes of size 1 may be left out."""
         size = (1,) * (len(shape) - part.dim()) + tuple(part.shape)
-        # torch.save writes all that a tensor is a view of.
-        part = part.detach().cpu().contiguous().view(size)
-        if part.untyped_storage().nbytes() != part.nbytes:
-            part = part.clone()
-        start, length = self._save(part)
+        # Elements that begin at multiples of their size are read without a copy.
+        self._stream.write(bytes(-self._stream.tell() % archive.ALIGNMENT))
+        start = self._stream.tell()
+        archive.save(part.detach().cpu().contiguous().view(size), self._stream)
+        length = self._stream.tell() - start
         self.entries.append(
             Entry(key, self.file, start, length, tuple(shape), part.dtype, tuple(offset), size))
 
     def object(self, key: str, value: Any) -> None:
-        start, length = self._save(value)
-        self.entries.append(Entry(key, self.file, start, length))
+        start = self._stream.tell()
+        torch.save(value, self._stream)
+        self.entries.append(Entry(key, self.file, start, self._stream.tell() - start))
+
+    def saved_object(self, key: str, saved: bytes | memoryview) -> None:
+        """What torch.save has made of an object."""
+        start = self._stream.tell()
+        self._stream.write(saved)
+        self.entries.append(Entry(key, self.file, start, len(saved)))
 
     def close(self) -> None:
         """Sync to disk, and then say so in a file beside it."""
@@ -104,40 +119,6 @@ class Writer:
         unfinished.write_text(json.dumps({"checksum": checksum, "entries": [
             {**asdict(e), "dtype": e.dtype and str(e.dtype).removeprefix("torch.")} for e in self.entries]}))
         unfinished.rename(listing)
-
-    def _save(self, value: Any) -> tuple[int, int]:
-        start = self._stream.tell()
-        torch.save(value, self._stream)
-        return start, self._stream.tell() - start
-
-
-class HashedFile(io.RawIOBase):
-    """A new file that is written from its beginning to its end."""
-
-    def __init__(self, path: Path):
-        super().__init__()
-        self._file, self._hash = path.open("xb", buffering=1 << 20), xxhash.xxh3_128()
-
-    def writable(self) -> bool:
-        return True
-
-    def write(self, data: Any) -> int:
-        self._hash.update(data)
-        return self._file.write(data)
-
-    def tell(self) -> int:
-        return self._file.tell()
-
-    def close_synced(self) -> str:
-        """xxh3_128 of all that was written, in hex."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self.close()
-        return self._hash.hexdigest()
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()
 
 
 def writer_name(rank: int) -> str:
@@ -162,6 +143,14 @@ def unfinished(folder: Path, names: Iterable[str]) -> list[str]:
     return [name for name in names if not (folder / f"{name}.json").exists()]
 
 
+def listed(folder: Path, name: str) -> tuple[str, list[Entry]]:
+    """What the writer of this name, which has closed, says: xxh3_128 of its file, in hex, and what is in it."""
+    listing = json.loads((folder / f"{name}.json").read_text())
+    return listing["checksum"], [
+        Entry(**e | {"shape": e["shape"] and tuple(e["shape"]), "dtype": e["dtype"] and getattr(torch, e["dtype"]),
+                     "offset": tuple(e["offset"]), "size": tuple(e["size"])}) for e in listing["entries"]]
+
+
 def assemble(folder: Path, names: Sequence[str]) -> dict[str, str]:
     """Make what the writers of these names left in `folder` a checkpoint; file → xxh3_128 of its content, in hex.
 
@@ -169,21 +158,24 @@ def assemble(folder: Path, names: Sequence[str]) -> dict[str, str]:
     """
     checksums, tensors, stored = {}, {}, {}
     for name in names:
-        listing = json.loads((folder / f"{name}.json").read_text())
-        checksums[f"{name}{SUFFIX}"] = listing["checksum"]
-        for entry in listing["entries"]:
-            where = _StorageInfo(entry["file"], entry["start"], entry["length"])
-            if entry["shape"] is None:
-                tensors[entry["key"]] = BytesStorageMetadata()
-                stored[MetadataIndex(entry["key"])] = where
+        checksums[f"{name}{SUFFIX}"], entries = listed(folder, name)
+        for entry in entries:
+            where = _StorageInfo(entry.file, entry.start, entry.length)
+            if entry.shape is None:
+                tensors[entry.key] = BytesStorageMetadata()
+                stored[MetadataIndex(entry.key)] = where
                 continue
-            offset, size = torch.Size(entry["offset"]), torch.Size(entry["size"])
-            tensor = tensors.setdefault(entry["key"], TensorStorageMetadata(
-                TensorProperties(dtype=getattr(torch, entry["dtype"])), torch.Size(entry["shape"]), []))
-            stored[MetadataIndex(entry["key"], offset, len(tensor.chunks))] = where
+            offset, size = torch.Size(entry.offset), torch.Size(entry.size)
+            tensor = tensors.setdefault(entry.key, TensorStorageMetadata(
+                TensorProperties(dtype=entry.dtype), torch.Size(entry.shape), []))
+            index = MetadataIndex(entry.key, offset, len(tensor.chunks))
+            if index in stored:
+                raise CheckpointError(f"{folder}: {entry.key} at {entry.offset} is in {stored[index].relative_path} "
+                                      f"and in {entry.file}")
+            stored[index] = where
             tensor.chunks.append(ChunkStorageMetadata(offset, size))
-    _write_synced(folder / METADATA, pickle.dumps(Metadata(tensors, None, stored, StorageMeta())))
-    _write_synced(folder / BACKEND, json.dumps({
+    write_synced(folder / METADATA, pickle.dumps(Metadata(tensors, None, stored, StorageMeta())))
+    write_synced(folder / BACKEND, json.dumps({
         "sharded_backend": "torch_dist", "sharded_backend_version": 1,
         "common_backend": "torch", "common_backend_version": 1}).encode())
     for name in names:
@@ -201,23 +193,23 @@ class Stored:
 
 
 class Reader:
-    """A checkpoint's tensors, read box by box; CheckpointError when it is none, or damaged."""
+    """A checkpoint's tensors, read box by box; CheckpointError when it is none, or damaged.
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    entries: what is in `folder`, where there is no index yet.
+    checked: no element is handed out before its part was compared with the part's checksum.
+    """
+
+    def __init__(self, folder: Path, entries: Iterable[Entry] | None = None, checked: bool = False):
+        self.folder, self.checked = folder, checked
         self.tensors: dict[str, Stored] = {}
         self.objects: dict[str, Entry] = {}
-        self._maps: dict[str, mmap.mmap] = {}
-        metadata = _metadata(folder)
-        for index, info in metadata.storage_data.items():
-            where = (index.fqn, str(info.relative_path), info.offset, info.length)
-            held = metadata.state_dict_metadata[index.fqn]
-            if isinstance(held, BytesStorageMetadata):
-                self.objects[index.fqn] = Entry(*where)
-                continue
-            stored = self.tensors.setdefault(index.fqn, Stored(tuple(held.size), held.properties.dtype, []))
-            size = next(tuple(chunk.sizes) for chunk in _at(held.chunks, index))
-            stored.parts.append(Entry(*where, stored.shape, stored.dtype, tuple(index.offset), size))
+        self._maps: dict[str, MappedFile] = {}
+        self._starts: dict[Entry, int] = {}
+        for entry in _indexed(folder) if entries is None else entries:
+            if entry.shape is None:
+                self.objects[entry.key] = entry
+            else:
+                self.tensors.setdefault(entry.key, Stored(entry.shape, entry.dtype, [])).parts.append(entry)
 
     def read(self, key: str, box: Box) -> torch.Tensor:
         """The elements of `key` in `box`; a view of the file where one part has them all, not to be written to.
@@ -244,22 +236,35 @@ class Reader:
 
     def part(self, part: Entry) -> torch.Tensor:
         """A stored part; a view of the file, not to be written to."""
-        start, length = self._payload(part)
-        size = prod(part.size) * part.dtype.itemsize
-        if length != size:
-            raise CheckpointError(f"{self.folder / part.file}: {part.key} at {part.offset} has {length} bytes, "
-                                  f"{size} are expected of {part.dtype} {part.size}")
-        flat = torch.frombuffer(self._map(part.file), dtype=torch.uint8, count=size, offset=start) if size else (
-            torch.empty(0, dtype=torch.uint8))
-        return flat.view(part.dtype).view(part.size)
+        if part not in self._starts:
+            start, length, checksum = self._elements(part)
+            size = prod(part.size) * part.dtype.itemsize
+            if length != size:
+                raise CheckpointError(f"{self.folder / part.file}: {part.key} at {part.offset} has {length} bytes, "
+                                      f"{size} are expected of {part.dtype} {part.size}")
+            if self.checked and self._crc(part.file, start, length) != checksum:
+                raise CheckpointError(f"{self.folder / part.file}: {part.key} at {part.offset} is damaged: its "
+                                      "checksum is not that of what was written")
+            self._starts[part] = start
+        return self._map(part.file).tensor(part.dtype, part.size, self._starts[part])
+
+    def release(self) -> None:
+        """Let go of the pages that were read; they come back when they are read again."""
+        for mapped in self._maps.values():
+            mapped.release()
 
     def object(self, key: str) -> Any:
         entry = self.objects[key]
-        data = self._map(entry.file)[entry.start : entry.start + entry.length]
+        data = self._map(entry.file).data[entry.start : entry.start + entry.length]
         try:
             return torch.load(io.BytesIO(data), weights_only=True)
         except Exception as error:
             raise CheckpointError(f"{self.folder / entry.file}: {key} is damaged: {error}") from error
+
+    def saved_object(self, key: str) -> memoryview:
+        """What torch.save made of an object, damaged or not."""
+        entry = self.objects[key]
+        return memoryview(self._map(entry.file).data)[entry.start : entry.start + entry.length]
 
     def common(self) -> dict[str, Any]:
         """What is the same on all ranks."""
@@ -275,17 +280,24 @@ class Reader:
                 if not self.intact(entry)]
 
     def intact(self, entry: Entry) -> bool:
-        """Whether the bytes of a part, or object, are those that were written."""
+        """Whether the bytes of a part, or object, are those that were written; torch.save left checksums of them."""
         try:
+            saved = _Slice(self._map(entry.file).data, entry.start, entry.length)
+            with zipfile.ZipFile(saved) as opened:
+                for record in opened.infolist():
+                    if entry.shape is None or not record.filename.endswith(ELEMENTS):
+                        opened.read(record)
             if entry.shape is None:
-                with zipfile.ZipFile(_Slice(self._map(entry.file), entry.start, entry.length)) as opened:
-                    return opened.testzip() is None
-            start, length = self._payload(entry)
-            with memoryview(self._map(entry.file)) as data, data[start : start + length] as values:
-                return zlib.crc32(values) == self._record(entry).CRC
+                return True
+            *where, checksum = self._elements(entry)
+            return self._crc(entry.file, *where) == checksum
         except Exception:
-            # What has other bytes than an archive's can fail to be one in any way.
             return False
+
+    def incomplete(self) -> list[str]:
+        """Keys of tensors whose parts do not tile them, each with what is wrong."""
+        return [f"{self.folder}: {key} {problem}" for key, tensor in self.tensors.items()
+                if (problem := _tiling_problem(tensor))]
 
     def _stored(self, key: str) -> Stored:
         if key not in self.tensors:
@@ -293,33 +305,44 @@ class Reader:
             raise CheckpointError(f"{self.folder} has no tensor {key}" + (f"; did you mean {near[0]}?" if near else ""))
         return self.tensors[key]
 
-    def _map(self, file: str) -> mmap.mmap:
+    def _map(self, file: str) -> MappedFile:
         if file not in self._maps:
             path = self.folder / file
             try:
-                with path.open("rb") as opened:
-                    self._maps[file] = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
+                self._maps[file] = MappedFile(path)
             except (OSError, ValueError) as error:
                 raise CheckpointError(f"{path} is missing or empty: {error}") from error
         return self._maps[file]
 
-    def _payload(self, part: Entry) -> tuple[int, int]:
-        """Where in the file the elements begin, and how many bytes they take."""
-        record = self._record(part)
-        # A local header's name and padding are of lengths that it tells itself.
-        header = part.start + record.header_offset
-        name, extra = struct.unpack_from("<HH", self._map(part.file), header + 26)
-        return header + 30 + name + extra, record.file_size
-
-    def _record(self, part: Entry) -> zipfile.ZipInfo:
-        """Of the elements, in the archive that torch.save made of a part."""
-        archive = _Slice(self._map(part.file), part.start, part.length)
+    def _elements(self, part: Entry) -> tuple[int, int, int]:
+        """Where in the file the elements begin, how many bytes they take, and their CRC-32 when they were written."""
+        saved = _Slice(self._map(part.file).data, part.start, part.length)
         try:
-            with zipfile.ZipFile(archive) as opened:
-                return next(info for info in opened.infolist() if info.filename.endswith("/data/0"))
-        except (zipfile.BadZipFile, StopIteration, OSError, struct.error) as error:
+            with zipfile.ZipFile(saved) as opened:
+                record = next(info for info in opened.infolist() if info.filename.endswith(ELEMENTS))
+            # A local header's name and padding are of lengths that it tells itself.
+            header = part.start + record.header_offset
+            name, extra = struct.unpack_from("<HH", saved.data, header + 26)
+            start = header + 30 + name + extra
+            if record.compress_type != zipfile.ZIP_STORED or start + record.file_size > part.start + part.length:
+                raise zipfile.BadZipFile("its elements are not where they should be")
+        except Exception as error:
+            # What has other bytes than an archive's can fail to be one in any way.
             raise CheckpointError(
-                f"{self.folder / part.file}: {part.key} at {part.offset} is damaged: {error}") from error
+                f"{self.folder / part.file}: {part.key} at {part.offset} is truncated or damaged: "
+                f"{str(error) or repr(error)}") from error
+        return start, record.file_size, record.CRC
+
+    def _crc(self, file: str, start: int, length: int) -> int:
+        """A step at a time, so that few pages are held."""
+        mapped, found = self._map(file), 0
+        with memoryview(mapped.data) as data:
+            for at in range(start, start + length, STEP):
+                with data[at : min(at + STEP, start + length)] as values:
+                    found = crc32(values, found)
+                if length > STEP:
+                    mapped.release()
+        return found
 
 
 class _Slice(io.RawIOBase):
@@ -327,7 +350,7 @@ class _Slice(io.RawIOBase):
 
     def __init__(self, data: mmap.mmap, start: int, length: int):
         super().__init__()
-        self._data, self._start, self._length, self._at = data, start, length, 0
+        self.data, self._start, self._length, self._at = data, start, length, 0
 
     def readable(self) -> bool:
         return True
@@ -344,7 +367,7 @@ class _Slice(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         start = self._start + self._at
-        data = self._data[start : min(start + len(buffer), self._start + self._length)]
+        data = self.data[start : min(start + len(buffer), self._start + self._length)]
         buffer[: len(data)] = data
         self._at += len(data)
         return len(data)
@@ -360,8 +383,11 @@ class _MetadataUnpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if module.startswith(self.ALLOWED) or is_dtype or (module, name) in self.NAMES:
+        if is_dtype or (module, name) in self.NAMES:
             return super().find_class(module, name)
+        # Only classes: a function of these packages may do anything.
+        if module.startswith(self.ALLOWED) and isinstance(found := super().find_class(module, name), type):
+            return found
         raise pickle.UnpicklingError(f"{module}.{name} has no place in a checkpoint's metadata")
 
 
@@ -369,14 +395,7 @@ def write_common(folder: Path, common: Mapping[str, Any]) -> None:
     """What is the same on all ranks: plain values and tensors."""
     data = io.BytesIO()
     torch.save(dict(common), data)
-    _write_synced(folder / COMMON, data.getvalue())
-
-
-def _write_synced(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+    write_synced(folder / COMMON, data.getvalue())
 
 
 def _metadata(folder: Path) -> Metadata:
@@ -394,11 +413,51 @@ def _metadata(folder: Path) -> Metadata:
         raise CheckpointError(f"{folder / METADATA} is missing or damaged: {error}") from error
 
 
-def _at(chunks: Sequence[ChunkStorageMetadata], index: MetadataIndex) -> list[ChunkStorageMetadata]:
-    """Those at the index's offset; the index says where it was, once."""
+def _indexed(folder: Path) -> list[Entry]:
+    """What is in a checkpoint, by its index."""
+    try:
+        return list(_entries(folder, _metadata(folder)))
+    except (AttributeError, TypeError, ValueError) as error:  # of what is no longer what it was
+        raise CheckpointError(f"{folder / METADATA} is damaged: {error}") from error
+
+
+def _entries(folder: Path, metadata: Metadata) -> Iterator[Entry]:
+    for index, info in metadata.storage_data.items():
+        where = (index.fqn, str(info.relative_path), info.offset, info.length)
+        held = metadata.state_dict_metadata.get(index.fqn)
+        if isinstance(held, BytesStorageMetadata):
+            yield Entry(*where)
+        elif held is not None and (chunk := _chunk(held.chunks, index)) is not None:
+            yield Entry(*where, tuple(held.size), held.properties.dtype, tuple(index.offset), tuple(chunk.sizes))
+        else:
+            raise CheckpointError(f"{folder / METADATA} is damaged: it does not describe {index.fqn} at {index.offset}")
+
+
+def _chunk(chunks: Sequence[ChunkStorageMetadata], index: MetadataIndex) -> ChunkStorageMetadata | None:
+    """The one at the index's offset; the index says where it was, once."""
     if index.index is not None and index.index < len(chunks) and chunks[index.index].offsets == index.offset:
-        return [chunks[index.index]]
-    return [chunk for chunk in chunks if chunk.offsets == index.offset]
+        return chunks[index.index]
+    return next((chunk for chunk in chunks if chunk.offsets == index.offset), None)
+
+
+def _tiling_problem(tensor: Stored) -> str:
+    """Of the parts of a tensor; empty when they tile it."""
+    if any(o < 0 or o + n > whole or n < 0 for part in tensor.parts
+           for o, n, whole in zip(part.offset, part.size, tensor.shape, strict=True)):
+        return f"{list(tensor.shape)} has parts outside it"
+    edges = [sorted({0, n, *(p.offset[d] for p in tensor.parts), *(p.offset[d] + p.size[d] for p in tensor.parts)})
+             for d, n in enumerate(tensor.shape)]
+    places = [{edge: i for i, edge in enumerate(e)} for e in edges]
+    times = np.zeros([len(e) - 1 for e in edges], int)
+    for part in tensor.parts:
+        times[tuple(slice(at[s.start], at[s.stop]) for at, s in zip(places, part.box, strict=True))] += 1
+    if (times > 1).any():
+        a, b = next((a, b) for a, b in combinations(tensor.parts, 2) if intersection(a.box, b.box) is not None)
+        return (f"{list(tensor.shape)} has the same elements twice: at {a.offset} in {a.file}, at {b.offset} in "
+                f"{b.file}")
+    sizes = reduce(np.multiply.outer, map(np.diff, edges), np.ones((), int))
+    missing = int(sizes[times == 0].sum())
+    return f"{list(tensor.shape)} lacks {missing} of {prod(tensor.shape)} elements" if missing else ""
 
 
 def intersection(a: Box, b: Box) -> Box | None:

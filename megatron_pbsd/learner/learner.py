@@ -18,6 +18,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_pbsd.batch import Batch
+from megatron_pbsd.checkpointing.hf_folder import stored
 from megatron_pbsd.checkpointing.torch_dist import writer_name
 from megatron_pbsd.config import LearnerConfig, ModelConfig
 from megatron_pbsd.learner import fields, metrics, microbatch, weights
@@ -87,8 +88,7 @@ class Learner:
             chunks = [chunk.to(self.device) for chunk in chunks]
             maps = self._maps(hf, at)
             self._weights = weights.Weights(chunks, maps)
-            self._stored = partial(
-                weights.stored, shapes=self._shapes, ignored=partial(self._family.ignored_tensor, hf))
+            self._stored = partial(stored, shapes=self._shapes, ignored=partial(self._family.ignored_tensor, hf))
             self._weights.fill(
                 self._stored(model.path) if model.initial_weights == "load"
                 else weights.random(self._shapes, hf["initializer_range"], seed))

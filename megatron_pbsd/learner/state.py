@@ -30,7 +30,7 @@ from megatron_pbsd.learner.optimizer_state import MASTER
 from megatron_pbsd.learner.saving import Content, Part
 from megatron_pbsd.learner.shards import Shard, shards, share, view
 from megatron_pbsd.learner.weights import VALUE_HEAD, held_tensors
-from megatron_pbsd.models.dist_checkpoint import LAYER, Place, places
+from megatron_pbsd.models.dist_checkpoint import Place, has_layer_axis, places
 from megatron_pbsd.models.family import Family
 from megatron_pbsd.models.parameters import ParameterMap, Piece, RankCoordinates, unpaired
 from megatron_pbsd.platform import Platform
@@ -111,7 +111,7 @@ class LearnerState:
         if not weights_only and "adam" not in common:
             raise LearnerError(f"{folder} holds weights without the state of an optimizer, and no run to continue; "
                                "load its weights only")
-        stored = self._places(layer_axis=not any(LAYER.match(key) for key in reader.tensors))
+        stored = self._places(has_layer_axis(reader.tensors))
         wanted = self._wanted(stored, reader, weights_only)
         problems = self._problems(stored, wanted, reader, weights_only)
         if not problems:

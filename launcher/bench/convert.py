@@ -1,0 +1,186 @@
+"""Conversion between Hugging Face folders and Megatron's checkpoints, beside `cp` of the same bytes on the same disk.
+
+Two models with random bits for weights: `small`, the sizes of SmolLM2-135M, and `moe`, a mixture of experts of more
+than 4 GB; both bfloat16. Everything is synced to disk, cp's copies too, and read from the page cache as far as it is
+there. The seconds of a conversion are those of `convert` with the start of its processes and the check of every
+tensor that it wrote; importing torch before, `startup_s`, is not in them.
+
+import_over_cp, export_over_cp, reshard_over_cp   bytes per second over those of cp, of the model where it is less
+peak_gb          proportional set size of all processes together, pages of mapped files and libraries included,
+                 where it is most; allowed_gb is 1 GB and the largest tensor for each process
+MODEL_…          the same for each model; …_with_startup counts the seconds of the whole command
+cp_gb_per_s      of MODEL; cp_unsynced_gb_per_s without the sync
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from launcher.processes import PeakMemory
+from megatron_pbsd.errors import UsageError
+
+COMMON = {
+    "hidden_act": "silu", "rms_norm_eps": 1e-5, "initializer_range": 0.02, "max_position_embeddings": 8192,
+    "rope_theta": 1e5, "dtype": "bfloat16", "vocab_size": 49152}
+SMALL = COMMON | {
+    "model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "hidden_size": 576, "intermediate_size": 1536,
+    "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64,
+    "tie_word_embeddings": True}
+MOE = COMMON | {
+    "model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "hidden_size": 2048,
+    "intermediate_size": 6144, "num_hidden_layers": 14, "num_attention_heads": 16, "num_key_value_heads": 4,
+    "head_dim": 128, "tie_word_embeddings": False, "num_experts": 32, "num_experts_per_tok": 4,
+    "moe_intermediate_size": 768, "decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": True}
+MODELS = {"small": SMALL, "moe": MOE}
+SAMPLE_S = 0.05
+KINDS = ("import", "export", "reshard")
+
+
+@dataclass(frozen=True)
+class Cost:
+    """seconds of the conversion, and of the process that ran it from its start on."""
+
+    seconds: float
+    whole_seconds: float
+    peak_bytes: int
+    processes: int
+
+
+def run(overrides: Sequence[str] = ()) -> dict[str, Any]:
+    if overrides:
+        raise UsageError(f"the bench 'convert' reads no configuration, so {overrides[0]} means nothing to it")
+    results: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory(prefix="bench_convert_") as folder:
+        for name, config in MODELS.items():
+            results |= {f"{name}_{key}": value for key, value in of_model(config, Path(folder)).items()}
+    least = {f"{kind}_over_cp": min(results[f"{name}_{kind}_over_cp"] for name in MODELS) for kind in KINDS}
+    return least | {"peak_gb": max(results[f"{name}_peak_gb"] for name in MODELS), "cores": os.cpu_count()} | results
+
+
+def of_model(config: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Figures of one model, in a folder that is left empty."""
+    largest = write_model(config, folder / "hf")
+    nbytes = sum(path.stat().st_size for path in (folder / "hf").glob("*.safetensors"))
+    copies = [copied(folder)]
+    costs = {"import": converted(importing, folder / "hf", folder / "megatron")}
+    copies.append(copied(folder))
+    costs["export"] = converted(exporting, folder / "megatron", folder / "back")
+    same = all(path.read_bytes() == (folder / "hf" / path.name).read_bytes()
+               for path in (folder / "back").glob("*.safetensors")) if nbytes < 1 << 30 else None
+    shutil.rmtree(folder / "back")
+    copies.append(copied(folder))
+    costs["reshard"] = converted(resharding, folder / "megatron", folder / "resharded")
+    copies.append(copied(folder))
+    for path in folder.iterdir():
+        shutil.rmtree(path)
+    synced = sum(copy[1] for copy in copies) / len(copies)
+    figures: dict[str, Any] = {"gb": round(nbytes / 1e9, 3)}
+    for kind, cost in costs.items():
+        figures[f"{kind}_over_cp"] = round(synced / cost.seconds, 3)
+        figures[f"{kind}_over_cp_with_startup"] = round(synced / cost.whole_seconds, 3)
+        figures[f"{kind}_s"] = round(cost.seconds, 2)
+    processes = max(cost.processes for cost in costs.values())
+    figures |= {} if same is None else {"round_trip_identical": same}
+    return figures | {
+        "startup_s": round(max(cost.whole_seconds - cost.seconds for cost in costs.values()), 2),
+        "peak_gb": round(max(cost.peak_bytes for cost in costs.values()) / 1e9, 3),
+        "allowed_gb": round(1 + processes * largest / 1e9, 3), "processes": processes,
+        "cp_gb_per_s": round(nbytes / synced / 1e9, 3),
+        "cp_unsynced_gb_per_s": round(nbytes * len(copies) / sum(copy[0] for copy in copies) / 1e9, 3)}
+
+
+def write_model(config: dict[str, Any], folder: Path) -> int:
+    """A Hugging Face folder in files of 4 GB at most; bytes of its largest tensor."""
+    import json
+
+    import torch
+
+    from megatron_pbsd.checkpointing.conversion.plan import balanced
+    from megatron_pbsd.checkpointing.hf_folder import HfFile, shard_names, write_index
+    from megatron_pbsd.models import family
+
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    shapes = family(config).hf_tensors(config)
+    sizes = {name: 2 * torch.Size(shape).numel() for name, shape in shapes.items()}
+    bits = torch.randint(0, 256, (max(sizes.values()) + 8192,), dtype=torch.uint8,
+                         generator=torch.Generator().manual_seed(0))
+    groups = balanced(list(shapes), list(sizes.values()), 4 << 30)
+    plan = dict(zip(shard_names(len(groups)), groups, strict=True))
+    for number, (file, names) in enumerate(plan.items()):
+        written = HfFile(folder / file, {name: (torch.bfloat16, shapes[name]) for name in names})
+        for i, name in enumerate(names):
+            start = (i * 37 + number) % 4096
+            written.write(bits[start : start + sizes[name]])
+        written.close()
+    write_index(folder, plan, sum(sizes.values()), {})
+    return max(sizes.values())
+
+
+def copied(folder: Path) -> tuple[float, float]:
+    """Seconds of `cp` of the Hugging Face folder, without and with a sync of the copy."""
+    os.sync()
+    started = time.perf_counter()
+    subprocess.run(["cp", "-r", folder / "hf", folder / "copy"], check=True)
+    unsynced = time.perf_counter() - started
+    subprocess.run(["sync", *(folder / "copy").iterdir()], check=True)
+    synced = time.perf_counter() - started
+    shutil.rmtree(folder / "copy")
+    return unsynced, synced
+
+
+def importing(source: Path) -> Any:
+    from megatron_pbsd.checkpointing.conversion.to_megatron import ToMegatron
+
+    return ToMegatron(source)
+
+
+def exporting(source: Path) -> Any:
+    from megatron_pbsd.checkpointing.conversion.to_hf import ToHf
+
+    return ToHf(source)
+
+
+def resharding(source: Path) -> Any:
+    """For four ranks: two pipeline stages, of two ranks each that divide the tensors or the experts."""
+    from megatron_pbsd.checkpointing.conversion.locate import locate, model_config
+    from megatron_pbsd.checkpointing.conversion.reshard import Reshard
+    from megatron_pbsd.config import ParallelConfig
+
+    experts = "num_experts" in model_config(locate(source), None)[0]
+    return Reshard(source, ParallelConfig(world_size=4, pp=2, **({"tp": 2, "ep": 2} if experts else {"tp": 1})))
+
+
+def converted(make: Callable[[Path], Any], source: Path, target: Path) -> Cost:
+    os.sync()
+    started = time.perf_counter()
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        future = pool.submit(_convert, make, source, target)
+        pid = next(iter(pool._processes))
+        memory = PeakMemory(lambda: pid, SAMPLE_S)
+        memory.start()
+        try:
+            seconds, processes = future.result()
+        finally:
+            peak = memory.stop()
+        whole = time.perf_counter() - started
+    return Cost(seconds, whole, peak, processes)
+
+
+def _convert(make: Callable[[Path], Any], source: Path, target: Path) -> tuple[float, int]:
+    from megatron_pbsd.checkpointing.conversion.driver import convert
+
+    conversion = make(source)
+    started = time.perf_counter()
+    done = convert(conversion, target)
+    return time.perf_counter() - started, done.processes
