@@ -70,7 +70,11 @@ def leaving_weights(publisher: Publisher, checkpoints: Path, config: RunConfig) 
     try:
         yield
     except Exception:
-        if note := rescue(publisher, checkpoints, config):
+        try:
+            note = rescue(publisher, checkpoints, config)
+        except Exception as error:  # What the run failed of is what it has to say.
+            note = f"weights could not be recovered from the engines: {error}"
+        if note:
             _say(note)
         raise
 
@@ -86,7 +90,7 @@ def rescue(publisher: Publisher, checkpoints: Path, config: RunConfig) -> str | 
     for source, tensors in publisher.copies():
         try:
             kept = recovery.keep(checkpoints, contents, tensors, held.checksums, Path(config.model.path))
-        except Exception as error:  # The run has failed already: that is what it has to say.
+        except CheckpointError as error:
             tried.append(f"{source}: {error}")
             continue
         state = f"the optimizer state of {newest.name}" if newest else "a new optimizer: no checkpoint had been made"

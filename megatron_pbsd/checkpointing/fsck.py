@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_pbsd.checkpointing.errors import CheckpointError
+from megatron_pbsd.checkpointing.errors import CheckpointError, named
 from megatron_pbsd.checkpointing.manifest import Manifest, file_problems, read_manifest
 from megatron_pbsd.checkpointing.torch_dist import BACKEND, Entry, Reader
 
 LEARNER = "learner"
 """Folder in a checkpoint of a run that holds the learner's distributed checkpoint."""
-NAMED = 4
-"""Tensors that one message names."""
 
 
 def verify(checkpoint: Path) -> Manifest:
@@ -91,8 +89,4 @@ def _damaged_tensors(folder: Path) -> dict[str, list[str]]:
 
 def _holding(keys: Sequence[str]) -> str:
     """`, in A, B and 7 others`."""
-    keys = list(dict.fromkeys(keys))
-    if not keys:
-        return ""
-    more = f" and {len(keys) - NAMED} others" if len(keys) > NAMED else ""
-    return f", in {', '.join(keys[:NAMED])}{more}"
+    return f", in {named(keys)}" if keys else ""

@@ -14,12 +14,13 @@ import json
 import shutil
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from megatron_pbsd.checkpointing.errors import CheckpointError
+from megatron_pbsd.checkpointing.errors import CheckpointError, named
 from megatron_pbsd.checkpointing.files import sync, write_synced
 from megatron_pbsd.checkpointing.hf_export import export_hf
 from megatron_pbsd.checkpointing.manifest import (
@@ -38,7 +39,6 @@ RECOVERED = "recovered"
 DRAFT = f"{RECOVERED}.new"
 WEIGHTS = "model.safetensors"
 TENSORS = "tensors.json"
-NAMED = 4
 
 
 def keep(
@@ -58,7 +58,7 @@ def keep(
         export_hf(tensors, origin, draft)
         write_synced(draft / TENSORS, json.dumps(checksums, indent=1).encode())
         if wrong := _differing(draft):
-            raise CheckpointError(f"not what was published: {_named(wrong)}")
+            raise CheckpointError(f"not what was published: {named(wrong)}")
         files = {}
         for path in files_in(draft):
             files[path.name] = FileRecord(path.stat().st_size, checksum(path))
@@ -76,12 +76,6 @@ def keep(
     return final
 
 
-def kept(checkpoints: Path) -> Manifest | None:
-    """The manifest of the recovered weights, None when there are none. CheckpointError when it is damaged."""
-    folder = checkpoints / RECOVERED
-    return read_manifest(folder) if folder.is_dir() else None
-
-
 def problems(folder: Path) -> list[str]:
     """All that is wrong with recovered weights in `folder`, naming the file, and in it the tensors."""
     try:
@@ -90,7 +84,7 @@ def problems(folder: Path) -> list[str]:
         return [str(error)]
     found = file_problems(folder, manifest)
     tensors = _differing(folder) if WEIGHTS in found and TENSORS not in found else []
-    return [message + (f", in {_named(tensors)}" if name == WEIGHTS and tensors else "")
+    return [message + (f", in {named(tensors)}" if name == WEIGHTS and tensors else "")
             for name, message in found.items()]
 
 
@@ -110,12 +104,10 @@ def set_aside(checkpoints: Path) -> Path | None:
 
 def drop(checkpoints: Path, step: int) -> None:
     """Remove those that a checkpoint of `step` has made superfluous."""
-    try:
-        manifest = kept(checkpoints)
-    except CheckpointError:
-        return
-    if manifest is not None and manifest.step <= step:
-        shutil.rmtree(checkpoints / RECOVERED)
+    folder = checkpoints / RECOVERED
+    with suppress(CheckpointError):  # damaged, or none
+        if read_manifest(folder).step <= step:
+            shutil.rmtree(folder)
 
 
 def _differing(folder: Path) -> list[str]:
@@ -130,8 +122,3 @@ def _differing(folder: Path) -> list[str]:
     except (OSError, SafetensorError):
         return list(expected)
     return wrong
-
-
-def _named(tensors: list[str]) -> str:
-    more = f" and {len(tensors) - NAMED} others" if len(tensors) > NAMED else ""
-    return ", ".join(tensors[:NAMED]) + more

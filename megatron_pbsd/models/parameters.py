@@ -117,16 +117,18 @@ def unpaired(pieces: Sequence[Piece]) -> list[Piece]:
     """The two halves that `paired` made of rows as one piece, in the order that they have in `local`: what leads from
     one layout to another, both of which have this order, and not to Hugging Face tensors."""
     made: list[Piece] = []
+    first: Piece | None = None
     for piece in pieces:
-        rows, place = piece.hf_index[0], piece.local_index[0]
-        if place.step in (None, 1):
+        if piece.local_index[0].step in (None, 1):
             made.append(piece)
-        elif made and made[-1].hf_index[0].stop == rows.start and made[-1].local_index[0].start == place.start - 1:
-            first = made.pop()
-            hf, local = slice(first.hf_index[0].start, rows.stop), slice(first.local_index[0].start, place.stop)
-            made.append(replace(piece, hf_index=(hf, *piece.hf_index[1:]), local_index=(local, *piece.local_index[1:])))
+        elif first is None:
+            first = piece
         else:
-            made.append(piece)
+            rows = slice(first.hf_index[0].start, piece.hf_index[0].stop)
+            place = slice(first.local_index[0].start, piece.local_index[0].stop)
+            made.append(replace(
+                piece, hf_index=(rows, *piece.hf_index[1:]), local_index=(place, *piece.local_index[1:])))
+            first = None
     return made
 
 
