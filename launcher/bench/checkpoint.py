@@ -39,7 +39,7 @@ from megatron_pbsd.config import CheckpointConfig
 TRIALS, RANKS = 50, 2
 TENSORS, ROWS, COLUMNS = 3, 64, 64
 LATEST_S = 0.3
-"""Kills come up to so long after a trial's first checkpoint begins."""
+"""Seconds; kills come up to so long after a trial's first checkpoint begins or, in every other trial, is committed."""
 POLICY = CheckpointConfig(keep=2, keep_every=5, best={"metric": "m"})
 DEADLINE_S = 30.0
 
@@ -73,6 +73,8 @@ def kill_trials(folder: Path, trials: int, seed: int = 0) -> Killed:
         driver.start()
         theirs.close()
         ranks = ours.recv()
+        if trial % 2:
+            ours.poll(DEADLINE_S)
         time.sleep(chance.uniform(0, LATEST_S))
         _kill(driver.pid, ranks if chance.random() < 0.5 else [])
         driver.join()

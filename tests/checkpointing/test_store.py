@@ -10,7 +10,6 @@ import resource
 import signal
 import sys
 import threading
-import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -352,7 +351,5 @@ def test_a_kill_before_any_file_operation_leaves_a_right_newest_checkpoint(tmp_p
 
 def test_a_kill_at_any_time_loses_nothing_that_was_committed(tmp_path):
     """`pbsd bench checkpoint` in short."""
-    began = time.monotonic()
     found = kill_trials(tmp_path, trials=4, seed=1)
     assert (found.trials, found.lost, found.wrong) == (4, 0, 0) and found.checkpoints
-    assert time.monotonic() - began < 60

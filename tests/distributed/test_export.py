@@ -50,7 +50,7 @@ def test_export_gives_back_what_was_loaded(ranks, folders, tmp_path, layout, mod
         assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
 
 
-def test_a_tensor_that_the_checkpoint_lacks_is_named(ranks, folders, tmp_path):
+def test_a_model_that_the_checkpoint_is_not_of_is_named(ranks, folders, tmp_path):
     saved = tmp_path / "learner"
     ranks.run(save, 2, folders["untied"], "tp2", str(saved))
     assemble(saved, [writer_name(rank) for rank in range(2)])
@@ -58,7 +58,7 @@ def test_a_tensor_that_the_checkpoint_lacks_is_named(ranks, folders, tmp_path):
     config = json.loads((larger / "config.json").read_text())
     config |= {"num_hidden_layers": 5, "layer_types": [*config["layer_types"], config["layer_types"][0]]}
     (larger / "config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match=r"decoder.layers.4"):
+    with pytest.raises(CheckpointError, match="num_hidden_layers = 5, not 4"):
         export_checkpoint(saved, larger, tmp_path / "exported")
     assert not (tmp_path / "exported").exists()
 
