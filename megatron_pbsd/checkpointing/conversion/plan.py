@@ -22,7 +22,7 @@ RELEASE_EVERY = 32 << 20
 
 
 class Conversion(Protocol):
-    """Picklable: every process makes the same files of it.
+    """A dataclass: every process makes the same files of what its fields say.
 
     inner: folder inside the target that the files go to; empty for the target itself.
     piece_bytes: of a tensor at most so much is held at a time.
