@@ -419,13 +419,15 @@ def test_processes_share_the_work_and_one_that_dies_is_missed(models, tmp_path):
         "if __name__ == '__main__':",  # the second time with a conversion that has files open
         f"    conversion = ToHf(Path({str(source)!r}), shard_bytes=40_000, piece_bytes=1000)",
         f"    print(convert(conversion, Path({str(target)!r}), processes=3))",
-        "    import signal, psutil",
-        "    def stop(done, total):",  # when the other process, a child of the server, is there
-        "        while not (found := [p for server in psutil.Process().children() for p in server.children()]):",
-        "            pass",
-        "        found[0].send_signal(signal.SIGKILL)",
+        "    import psutil",
+        "    killed = []",
+        "    def stop(done, total):",  # once the other process, a child of the server, is there
+        "        while not killed:",
+        "            killed.extend(p for server in psutil.Process().children() for p in server.children())",
+        "            [p.kill() for p in killed]",
         f"    convert(conversion, Path({str(tmp_path / 'other')!r}), processes=2, progress=stop)"),
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}, capture_output=True, text=True, check=False)
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}, capture_output=True, text=True, check=False,
+        timeout=120)
     assert "CheckpointError: a process of the conversion was killed" in done.stderr, done.stderr
     assert not (tmp_path / "other").exists()
     assert "processes=3" in done.stdout, done.stderr
