@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import TINY, make_tiny, tiny_config
 
+from launcher.cli import main
 from megatron_pbsd.checkpointing.conversion.compare import damage, differences
 from megatron_pbsd.checkpointing.conversion.driver import convert
 from megatron_pbsd.checkpointing.conversion.inspect import inspect
@@ -515,5 +516,23 @@ def test_steps_tile_a_box():
 def test_errors_are_the_projects(models, tmp_path):
     with pytest.raises(PbsdError):
         inspect(tmp_path)
+
+
+def test_command_line(models, tmp_path, capsys):
+    hf, run = str(models["qwen3_moe"][0]), lambda *words: main(["convert", *map(str, words)])
+    assert run("hf-to-megatron", hf, tmp_path / "m", "--tp", "2", "--processes", "1") == 0
+    assert run("reshard", tmp_path / "m", tmp_path / "r", "--tp", "2", "--ep", "2", "--pp", "2") == 0
+    assert run("megatron-to-hf", tmp_path / "r", tmp_path / "hf", "--dtype", "bfloat16") == 0
+    assert "in 1 files, checked" in capsys.readouterr().out
+    assert run("verify", tmp_path / "r") == run("verify", tmp_path / "r", hf) == 0
+    assert "113 tensors, bit-identical" in capsys.readouterr().out
+    assert run("verify", tmp_path / "hf", hf) == 1
+    assert "is bfloat16 [64, 32] in" in capsys.readouterr().out
+    assert run("inspect", tmp_path / "r", "--json") == 0
+    elements = sum(tensor.numel() for tensor in weights(models["qwen3_moe"][0]).values())
+    assert json.loads(capsys.readouterr().out)["elements"] == elements
+    assert run("hf-to-megatron", hf, tmp_path / "new", "--tp", "3") == 1
+    assert "valid for this model: [1, 2]" in capsys.readouterr().err
+    assert run("reshard", tmp_path / "m", tmp_path / "new") == 2
 
 
