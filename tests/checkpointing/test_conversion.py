@@ -247,6 +247,8 @@ def test_an_output_layer_that_is_the_embedding_may_be_there(models, tmp_path):
     change_weights(hf, lambda w: w["lm_head.weight"][7].neg_())
     (problem,) = ToMegatron(hf).problems()
     assert "lm_head.weight is not model.embed_tokens.weight" in problem
+    assert damage(hf) == [f"{hf}: lm_head.weight is not model.embed_tokens.weight, but config.json says "
+                          "tie_word_embeddings = true"]
 
 
 def test_a_layout_is_checked_before(models, tmp_path):

@@ -11,6 +11,7 @@ import torch
 from megatron_pbsd.checkpointing.conversion.locate import changed_index, is_hf, locate, model_config
 from megatron_pbsd.checkpointing.conversion.plan import Box, Digests, Meter, box_steps, require
 from megatron_pbsd.checkpointing.conversion.to_hf import MegatronWeights, hf_parts
+from megatron_pbsd.checkpointing.conversion.to_megatron import left_out_problems
 from megatron_pbsd.checkpointing.errors import CheckpointError
 from megatron_pbsd.checkpointing.hf_folder import CHECKSUMS, HfFolder
 from megatron_pbsd.checkpointing.torch_dist import Reader
@@ -148,6 +149,7 @@ def _hf_damage(folder: Path, progress: Progress) -> list[str]:
         return [str(error)]
     found = [f"{folder}: {problem}" for problem in weights.problems(
         model.hf_tensors(hf), lambda name: model.ignored_tensor(hf, name))]
+    found = found or [f"{folder}: {problem}" for problem in left_out_problems(weights, model.decoder(hf))]
     total, done = sum(t.nbytes for t in weights.tensors.values()), 0
 
     def count(nbytes: int) -> None:

@@ -73,7 +73,7 @@ class ToMegatron:
         problems = [] if self.layout is None else model.layout_problems(hf, self.layout)
         wrong = folder.problems(model.hf_tensors(hf), lambda name: model.ignored_tensor(hf, name))
         wrong += self._dtype_problems(hf, set(model.hf_tensors(hf)))
-        wrong = wrong or self._undividable() or self._mixed_dtypes() + _left_out_problems(folder, self._decoder)
+        wrong = wrong or self._undividable() or self._mixed_dtypes() + left_out_problems(folder, self._decoder)
         return problems + [f"weights in {self.source}: {problem}" for problem in wrong]
 
     def identity(self) -> dict[str, Any]:
@@ -215,7 +215,7 @@ class ToMegatron:
         return made
 
 
-def _left_out_problems(folder: HfFolder, decoder: Decoder) -> list[str]:
+def left_out_problems(folder: HfFolder, decoder: Decoder) -> list[str]:
     """Tensors that are no part of the model, according to config.json, but according to the weights."""
     problems = []
     head, embedding = "lm_head.weight", "model.embed_tokens.weight"
