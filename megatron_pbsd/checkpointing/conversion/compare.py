@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 
 from megatron_pbsd.checkpointing.conversion.locate import changed_index, is_hf, locate, model_config
-from megatron_pbsd.checkpointing.conversion.plan import Box, Digests, Meter, box_steps, require
+from megatron_pbsd.checkpointing.conversion.plan import PIECE, Box, Digests, Meter, box_steps, require
 from megatron_pbsd.checkpointing.conversion.to_hf import MegatronWeights, hf_parts
 from megatron_pbsd.checkpointing.conversion.to_megatron import left_out_problems
 from megatron_pbsd.checkpointing.errors import CheckpointError
@@ -19,7 +19,6 @@ from megatron_pbsd.models import family
 from megatron_pbsd.models.errors import ModelError
 from megatron_pbsd.models.hf_config import read
 
-PIECE = 64 << 20
 Progress = Callable[[int, int], None]
 """(bytes done, bytes in all)."""
 

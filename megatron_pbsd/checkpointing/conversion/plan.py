@@ -17,6 +17,8 @@ from megatron_pbsd.checkpointing.hf_folder import raw
 
 Item = TypeVar("Item")
 Box = tuple[slice, ...]
+PIECE = 64 << 20
+"""Bytes of a tensor that are looked at together, where nothing is written."""
 RELEASE_EVERY = 32 << 20
 """Bytes that are read before the pages they came from are let go."""
 

@@ -22,6 +22,7 @@ from megatron_pbsd.checkpointing.conversion.locate import (
     write_config,
 )
 from megatron_pbsd.checkpointing.conversion.plan import (
+    PIECE,
     Digests,
     Meter,
     Scratch,
@@ -44,8 +45,6 @@ from megatron_pbsd.models.errors import ModelError
 from megatron_pbsd.models.hf_config import read
 
 FILE_BYTES = 1 << 30
-PIECE = 64 << 20
-"""Bytes."""
 CONTENT = {"non_homogeneous_layers": True, "singleton_local_shards": False}
 """How Megatron-core is to name what it looks for."""
 CHECKPOINT_VERSION = 3.0
