@@ -3,7 +3,8 @@
 Two models with random bits for weights: `small`, the sizes of SmolLM2-135M, and `moe`, a mixture of experts of more
 than 4 GB; both bfloat16. Everything is synced to disk, cp's copies too, and read from the page cache as far as it is
 there. The seconds of a conversion are those of `convert` with the start of its processes and the check of every
-tensor that it wrote; importing torch before, `startup_s`, is not in them.
+tensor that it wrote; importing torch before, `startup_s`, is not in them. A ratio is that of a conversion to the mean
+of the copies just before and just after it, and the median of several: what else the machine does concerns both.
 
 import_over_cp, export_over_cp, reshard_over_cp   bytes per second over those of cp, of the model where it is less
 peak_gb          proportional set size of all processes together, pages of mapped files and libraries included,
@@ -14,6 +15,7 @@ cp_gb_per_s      of MODEL; cp_unsynced_gb_per_s without the sync
 
 from __future__ import annotations
 
+import filecmp
 import multiprocessing
 import os
 import shutil
@@ -24,6 +26,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from launcher.processes import PeakMemory
@@ -41,9 +44,9 @@ MOE = COMMON | {
     "intermediate_size": 6144, "num_hidden_layers": 14, "num_attention_heads": 16, "num_key_value_heads": 4,
     "head_dim": 128, "tie_word_embeddings": False, "num_experts": 32, "num_experts_per_tok": 4,
     "moe_intermediate_size": 768, "decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": True}
-MODELS = {"small": SMALL, "moe": MOE}
+MODELS = {"small": (SMALL, 5), "moe": (MOE, 3)}
+"""Configuration, and how often everything is measured."""
 SAMPLE_S = 0.05
-KINDS = ("import", "export", "reshard")
 
 
 @dataclass(frozen=True)
@@ -61,42 +64,53 @@ def run(overrides: Sequence[str] = ()) -> dict[str, Any]:
         raise UsageError(f"the bench 'convert' reads no configuration, so {overrides[0]} means nothing to it")
     results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="bench_convert_") as folder:
-        for name, config in MODELS.items():
-            results |= {f"{name}_{key}": value for key, value in of_model(config, Path(folder)).items()}
+        for name, (config, rounds) in MODELS.items():
+            results |= {f"{name}_{key}": value for key, value in of_model(config, Path(folder), rounds).items()}
     least = {f"{kind}_over_cp": min(results[f"{name}_{kind}_over_cp"] for name in MODELS) for kind in KINDS}
     return least | {"peak_gb": max(results[f"{name}_peak_gb"] for name in MODELS), "cores": os.cpu_count()} | results
 
 
-def of_model(config: dict[str, Any], folder: Path) -> dict[str, Any]:
+def of_model(config: dict[str, Any], folder: Path, rounds: int) -> dict[str, Any]:
     """Figures of one model, in a folder that is left empty."""
     largest = write_model(config, folder / "hf")
     nbytes = sum(path.stat().st_size for path in (folder / "hf").glob("*.safetensors"))
-    copies = [copied(folder)]
-    costs = {"import": converted(importing, folder / "hf", folder / "megatron")}
-    copies.append(copied(folder))
-    costs["export"] = converted(exporting, folder / "megatron", folder / "back")
-    same = all(path.read_bytes() == (folder / "hf" / path.name).read_bytes()
-               for path in (folder / "back").glob("*.safetensors")) if nbytes < 1 << 30 else None
-    shutil.rmtree(folder / "back")
-    copies.append(copied(folder))
-    costs["reshard"] = converted(resharding, folder / "megatron", folder / "resharded")
-    copies.append(copied(folder))
-    for path in folder.iterdir():
-        shutil.rmtree(path)
-    synced = sum(copy[1] for copy in copies) / len(copies)
+    costs: dict[str, list[Cost]] = {kind: [] for kind in KINDS}
+    copies: list[tuple[float, float]] = []
+    ratios: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    wholes: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    same = True
+    for _ in range(rounds):
+        for kind, (make, source, target) in KINDS.items():
+            before = copied(folder)
+            cost = converted(make, folder / source, folder / target)
+            same &= kind != "export" or same_files(folder / "hf", folder / target)
+            if kind != "import":
+                shutil.rmtree(folder / target)
+            after = copied(folder)
+            copies += [before, after]
+            costs[kind].append(cost)
+            ratios[kind].append((before[1] + after[1]) / 2 / cost.seconds)
+            wholes[kind].append((before[1] + after[1]) / 2 / cost.whole_seconds)
+        shutil.rmtree(folder / "megatron")
+    shutil.rmtree(folder / "hf")
+    every = [cost for found in costs.values() for cost in found]
+    processes = max(cost.processes for cost in every)
     figures: dict[str, Any] = {"gb": round(nbytes / 1e9, 3)}
-    for kind, cost in costs.items():
-        figures[f"{kind}_over_cp"] = round(synced / cost.seconds, 3)
-        figures[f"{kind}_over_cp_with_startup"] = round(synced / cost.whole_seconds, 3)
-        figures[f"{kind}_s"] = round(cost.seconds, 2)
-    processes = max(cost.processes for cost in costs.values())
-    figures |= {} if same is None else {"round_trip_identical": same}
+    for kind in KINDS:
+        figures[f"{kind}_over_cp"] = round(median(ratios[kind]), 3)
+        figures[f"{kind}_over_cp_with_startup"] = round(median(wholes[kind]), 3)
+        figures[f"{kind}_s"] = round(median(cost.seconds for cost in costs[kind]), 2)
     return figures | {
-        "startup_s": round(max(cost.whole_seconds - cost.seconds for cost in costs.values()), 2),
-        "peak_gb": round(max(cost.peak_bytes for cost in costs.values()) / 1e9, 3),
+        "startup_s": round(median(cost.whole_seconds - cost.seconds for cost in every), 2),
+        "peak_gb": round(max(cost.peak_bytes for cost in every) / 1e9, 3),
         "allowed_gb": round(1 + processes * largest / 1e9, 3), "processes": processes,
-        "cp_gb_per_s": round(nbytes / synced / 1e9, 3),
-        "cp_unsynced_gb_per_s": round(nbytes * len(copies) / sum(copy[0] for copy in copies) / 1e9, 3)}
+        "round_trip_identical": same,
+        "cp_gb_per_s": round(nbytes / median(copy[1] for copy in copies) / 1e9, 3),
+        "cp_unsynced_gb_per_s": round(nbytes / median(copy[0] for copy in copies) / 1e9, 3)}
+
+
+def same_files(a: Path, b: Path) -> bool:
+    return all(filecmp.cmp(path, b / path.name, shallow=False) for path in a.glob("*.safetensors"))
 
 
 def write_model(config: dict[str, Any], folder: Path) -> int:
@@ -159,6 +173,12 @@ def resharding(source: Path) -> Any:
 
     experts = "num_experts" in model_config(locate(source), None)[0]
     return Reshard(source, ParallelConfig(world_size=4, pp=2, **({"tp": 2, "ep": 2} if experts else {"tp": 1})))
+
+
+KINDS: dict[str, tuple[Callable[[Path], Any], str, str]] = {
+    "import": (importing, "hf", "megatron"), "export": (exporting, "megatron", "back"),
+    "reshard": (resharding, "megatron", "resharded")}
+"""What is converted: how, from which folder, to which."""
 
 
 def converted(make: Callable[[Path], Any], source: Path, target: Path) -> Cost:

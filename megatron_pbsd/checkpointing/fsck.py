@@ -36,7 +36,7 @@ def examine(checkpoint: Path) -> list[str]:
             reader = Reader(folder)
             problems += gaps(reader)
             if not problems:
-                problems += [f"{damaged} is damaged" for damaged in reader.damaged()]
+                problems += reader.damaged()
         except CheckpointError as error:
             problems.append(str(error))
     return list(dict.fromkeys(problems))

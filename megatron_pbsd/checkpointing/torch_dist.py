@@ -45,7 +45,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from megatron_pbsd.checkpointing import archive
-from megatron_pbsd.checkpointing.errors import CheckpointError
+from megatron_pbsd.checkpointing.errors import CheckpointError, named
 from megatron_pbsd.checkpointing.files import HashedFile, MappedFile, write_synced
 
 METADATA = ".metadata"
@@ -274,10 +274,14 @@ class Reader:
             raise CheckpointError(f"{self.folder / COMMON} is missing or damaged: {error}") from error
 
     def damaged(self) -> list[str]:
-        """Keys of parts whose bytes are not those that were written, each with its file."""
-        return [f"{self.folder / entry.file}: {entry.key}" + (f" at {entry.offset}" if entry.offset else "")
-                for entry in (*self.objects.values(), *(p for t in self.tensors.values() for p in t.parts))
-                if not self.intact(entry)]
+        """A sentence for each file in which parts or objects are not what was written, naming some of them."""
+        found: dict[str, list[str]] = {}
+        for entry in (*self.objects.values(), *(p for t in self.tensors.values() for p in t.parts)):
+            if not self.intact(entry):
+                found.setdefault(entry.file, []).append(entry.key + (f" at {entry.offset}" if entry.offset else ""))
+        return [f"{self.folder / file}: {named(places)} {'is' if len(places) == 1 else 'are'} damaged"
+                if (self.folder / file).is_file() else f"{self.folder / file} is missing, and with it {named(places)}"
+                for file, places in found.items()]
 
     def intact(self, entry: Entry) -> bool:
         """Whether the bytes of a part, or object, are those that were written; torch.save left checksums of them."""

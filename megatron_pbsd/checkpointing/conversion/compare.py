@@ -9,8 +9,9 @@ from typing import Protocol
 import torch
 
 from megatron_pbsd.checkpointing.conversion.locate import changed_index, is_hf, locate, model_config
-from megatron_pbsd.checkpointing.conversion.plan import Box, Digests, Meter, box_steps, require
+from megatron_pbsd.checkpointing.conversion.plan import PIECE, Box, Digests, Meter, box_steps, require
 from megatron_pbsd.checkpointing.conversion.to_hf import MegatronWeights, hf_parts
+from megatron_pbsd.checkpointing.conversion.to_megatron import left_out_problems
 from megatron_pbsd.checkpointing.errors import CheckpointError
 from megatron_pbsd.checkpointing.hf_folder import CHECKSUMS, HfFolder
 from megatron_pbsd.checkpointing.torch_dist import Reader
@@ -18,7 +19,6 @@ from megatron_pbsd.models import family
 from megatron_pbsd.models.errors import ModelError
 from megatron_pbsd.models.hf_config import read
 
-PIECE = 64 << 20
 Progress = Callable[[int, int], None]
 """(bytes done, bytes in all)."""
 
@@ -148,6 +148,7 @@ def _hf_damage(folder: Path, progress: Progress) -> list[str]:
         return [str(error)]
     found = [f"{folder}: {problem}" for problem in weights.problems(
         model.hf_tensors(hf), lambda name: model.ignored_tensor(hf, name))]
+    found = found or [f"{folder}: {problem}" for problem in left_out_problems(weights, model.decoder(hf))]
     total, done = sum(t.nbytes for t in weights.tensors.values()), 0
 
     def count(nbytes: int) -> None:

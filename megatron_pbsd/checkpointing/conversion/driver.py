@@ -17,7 +17,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import connection
 from pathlib import Path
 from typing import Any
@@ -74,7 +74,7 @@ def convert(
         try:
             outcomes = _all(Task(conversion, folder, files), processes, lambda done: progress(done, 2 * total))
             if wrong := [o.problem for o in outcomes if o.problem]:
-                require([f"{place} is damaged" for place in conversion.damage()] or wrong)
+                require(conversion.damage() or wrong)
             conversion.finish(folder)
         except OSError as error:
             raise _explained(error, partial, total) from error
@@ -154,28 +154,36 @@ class Task:
 
 
 def _all(task: Task, processes: int, progress: Callable[[int], None]) -> list[Outcome]:
-    """Of every file. OSError when the disk does not do its part."""
+    """Of every file. This process works too, at once: others need seconds to start. OSError when the disk does not do
+    its part."""
     if processes == 1:
         total = 0
 
-        def done(nbytes: int) -> None:
+        def counted(nbytes: int) -> None:
             nonlocal total
             total += nbytes
             progress(total)
 
-        return [task.run(name, done) for name in task.files]
+        return [task.run(name, counted) for name in task.files]
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__, type(task.conversion).__module__])
     counter, position = context.Value("q", 0), context.Value("q", 0)
+    fresh = replace(task, conversion=replace(task.conversion))  # without the files that this process has open
     workers = {}
-    for _ in range(processes):
+    for _ in range(processes - 1):
         ours, theirs = context.Pipe(duplex=False)
-        process = context.Process(target=_work, args=(task, counter, position, theirs), daemon=True)
+        process = context.Process(target=_work, args=(fresh, counter, position, theirs), daemon=True)
         process.start()
         theirs.close()
         workers[ours] = process
+
+    def done(nbytes: int) -> None:
+        _add(counter, nbytes)
+        progress(counter.value)
+
     try:
-        return _collect(list(workers), lambda: progress(counter.value))
+        outcomes = [task.run(name, done) for name in _taken(task, position)]
+        return outcomes + _collect(list(workers), lambda: progress(counter.value))
     finally:
         for process in workers.values():
             process.kill()
@@ -202,26 +210,32 @@ def _collect(pipes: list[connection.Connection], report: Callable[[], None]) -> 
 
 
 def _work(task: Task, counter: Any, position: Any, pipe: connection.Connection) -> None:
-    """A process takes one file after another. counter: bytes done by all; position: of the next file."""
+    """What another process does. counter: bytes done by all; position: of the file that is the next to be taken."""
     torch.set_num_threads(1)
     threading.Thread(target=_follow, daemon=True).start()
-
-    def done(nbytes: int) -> None:
-        with counter.get_lock():
-            counter.value += nbytes
-
     try:
-        names = list(task.files)
-        while True:
-            with position.get_lock():
-                at = position.value
-                position.value += 1
-            if at >= len(names):
-                break
-            pipe.send(task.run(names[at], done))
+        for name in _taken(task, position):
+            pipe.send(task.run(name, lambda nbytes: _add(counter, nbytes)))
         pipe.send(None)
     except Exception as error:
         pipe.send(error)
+
+
+def _taken(task: Task, position: Any) -> Iterator[str]:
+    """One file after another, of those that no other process has taken."""
+    names = list(task.files)
+    while True:
+        with position.get_lock():
+            at = position.value
+            position.value += 1
+        if at >= len(names):
+            return
+        yield names[at]
+
+
+def _add(counter: Any, nbytes: int) -> None:
+    with counter.get_lock():
+        counter.value += nbytes
 
 
 def _follow() -> None:

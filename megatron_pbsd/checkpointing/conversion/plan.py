@@ -17,12 +17,14 @@ from megatron_pbsd.checkpointing.hf_folder import raw
 
 Item = TypeVar("Item")
 Box = tuple[slice, ...]
+PIECE = 64 << 20
+"""Bytes of a tensor that are looked at together, where nothing is written."""
 RELEASE_EVERY = 32 << 20
 """Bytes that are read before the pages they came from are let go."""
 
 
 class Conversion(Protocol):
-    """Picklable: every process makes the same files of it.
+    """A dataclass: every process makes the same files of what its fields say.
 
     inner: folder inside the target that the files go to; empty for the target itself.
     piece_bytes: of a tensor at most so much is held at a time.

@@ -22,6 +22,7 @@ from megatron_pbsd.checkpointing.conversion.locate import (
     write_config,
 )
 from megatron_pbsd.checkpointing.conversion.plan import (
+    PIECE,
     Digests,
     Meter,
     Scratch,
@@ -44,8 +45,6 @@ from megatron_pbsd.models.errors import ModelError
 from megatron_pbsd.models.hf_config import read
 
 FILE_BYTES = 1 << 30
-PIECE = 64 << 20
-"""Bytes."""
 CONTENT = {"non_homogeneous_layers": True, "singleton_local_shards": False}
 """How Megatron-core is to name what it looks for."""
 CHECKPOINT_VERSION = 3.0
@@ -75,7 +74,7 @@ class ToMegatron:
             problems.append("config.json: 'rope_interleave' = False is not implemented for conversion; supported: True")
         wrong = folder.problems(model.hf_tensors(hf), lambda name: model.ignored_tensor(hf, name))
         wrong += self._dtype_problems(hf, set(model.hf_tensors(hf)))
-        wrong = wrong or self._mixed_dtypes() + _left_out_problems(folder, self._decoder)
+        wrong = wrong or self._mixed_dtypes() + left_out_problems(folder, self._decoder)
         return problems + [f"weights in {self.source}: {problem}" for problem in wrong]
 
     def identity(self) -> dict[str, Any]:
@@ -210,7 +209,7 @@ class ToMegatron:
         return made
 
 
-def _left_out_problems(folder: HfFolder, decoder: Decoder) -> list[str]:
+def left_out_problems(folder: HfFolder, decoder: Decoder) -> list[str]:
     """Tensors that are no part of the model, according to config.json, but according to the weights."""
     problems = []
     head, embedding = "lm_head.weight", "model.embed_tokens.weight"
