@@ -1,8 +1,9 @@
 """Conversion between Hugging Face folders and Megatron's checkpoints, beside `cp` of the same bytes on the same disk.
 
 Two models with random bits for weights: `small`, the sizes of SmolLM2-135M, and `moe`, a mixture of experts of more
-than 4 GB; both bfloat16. Everything is synced to disk, cp's copies too, and read from the page cache as far as it is
-there. The seconds of a conversion are those of `convert` with the start of its processes and the check of every
+than 4 GB; both bfloat16. Everything is synced to disk, cp's copies too, and read from the page cache. A page that a
+virtual machine has not used for a while comes from its host, which was measured to be six times slower than using one
+again: before each measurement as much as it will write is written, and removed when it begins. The seconds of a conversion are those of `convert` with the start of its processes and the check of every
 tensor that it wrote; importing torch before, `startup_s`, is not in them. A ratio is that of a conversion to the mean
 of the copies just before and just after it, and the median of several: what else the machine does concerns both.
 
@@ -41,7 +42,7 @@ SMALL = COMMON | {
     "tie_word_embeddings": True}
 MOE = COMMON | {
     "model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "hidden_size": 2048,
-    "intermediate_size": 6144, "num_hidden_layers": 14, "num_attention_heads": 16, "num_key_value_heads": 4,
+    "intermediate_size": 6144, "num_hidden_layers": 12, "num_attention_heads": 16, "num_key_value_heads": 4,
     "head_dim": 128, "tie_word_embeddings": False, "num_experts": 32, "num_experts_per_tok": 4,
     "moe_intermediate_size": 768, "decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": True}
 MODELS = {"small": (SMALL, 5), "moe": (MOE, 3)}
@@ -78,19 +79,20 @@ def of_model(config: dict[str, Any], folder: Path, rounds: int) -> dict[str, Any
     copies: list[tuple[float, float]] = []
     ratios: dict[str, list[float]] = {kind: [] for kind in KINDS}
     wholes: dict[str, list[float]] = {kind: [] for kind in KINDS}
-    same = True
+    same, before = True, copied(folder)
+    copies.append(before)
     for _ in range(rounds):
         for kind, (make, source, target) in KINDS.items():
-            before = copied(folder)
             cost = converted(make, folder / source, folder / target)
             same &= kind != "export" or same_files(folder / "hf", folder / target)
             if kind != "import":
                 shutil.rmtree(folder / target)
             after = copied(folder)
-            copies += [before, after]
+            copies.append(after)
             costs[kind].append(cost)
             ratios[kind].append((before[1] + after[1]) / 2 / cost.seconds)
             wholes[kind].append((before[1] + after[1]) / 2 / cost.whole_seconds)
+            before = after
         shutil.rmtree(folder / "megatron")
     shutil.rmtree(folder / "hf")
     every = [cost for found in costs.values() for cost in found]
@@ -141,9 +143,16 @@ def write_model(config: dict[str, Any], folder: Path) -> int:
     return max(sizes.values())
 
 
+def spare(folder: Path) -> Path:
+    """Files whose pages a measurement is to use again."""
+    subprocess.run(["cp", "-r", folder / "hf", folder / "spare"], check=True)
+    os.sync()
+    return folder / "spare"
+
+
 def copied(folder: Path) -> tuple[float, float]:
     """Seconds of `cp` of the Hugging Face folder, without and with a sync of the copy."""
-    os.sync()
+    shutil.rmtree(spare(folder))
     started = time.perf_counter()
     subprocess.run(["cp", "-r", folder / "hf", folder / "copy"], check=True)
     unsynced = time.perf_counter() - started
@@ -182,10 +191,10 @@ KINDS: dict[str, tuple[Callable[[Path], Any], str, str]] = {
 
 
 def converted(make: Callable[[Path], Any], source: Path, target: Path) -> Cost:
-    os.sync()
+    used = spare(source.parent)
     started = time.perf_counter()
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        future = pool.submit(_convert, make, source, target)
+        future = pool.submit(_convert, make, source, target, used)
         pid = next(iter(pool._processes))
         memory = PeakMemory(lambda: pid, SAMPLE_S)
         memory.start()
@@ -197,10 +206,11 @@ def converted(make: Callable[[Path], Any], source: Path, target: Path) -> Cost:
     return Cost(seconds, whole, peak, processes)
 
 
-def _convert(make: Callable[[Path], Any], source: Path, target: Path) -> tuple[float, int]:
+def _convert(make: Callable[[Path], Any], source: Path, target: Path, used: Path) -> tuple[float, int]:
     from megatron_pbsd.checkpointing.conversion.driver import convert
 
     conversion = make(source)
+    shutil.rmtree(used)
     started = time.perf_counter()
     done = convert(conversion, target)
     return time.perf_counter() - started, done.processes

@@ -142,7 +142,7 @@ def test_flipped_bits_in_a_checkpoint_are_all_named(models, tmp_path):
     for conversion in (ToHf(megatron), Reshard(megatron, count=2)):
         with pytest.raises(CheckpointError) as caught:
             convert(conversion, tmp_path / "target")
-        assert all(f"__0_0.distcp: {key} at" in str(caught.value) for key in (FC2, other)), caught.value
+        assert re.search(rf"__0_0.distcp: {FC2} at .*, {other} at .* are damaged", str(caught.value)), caught.value
         assert not (tmp_path / "target").exists()
     assert len(damage(megatron)) == 2
 

@@ -90,7 +90,7 @@ def test_recovered_weights_are_listed_and_verified(run, capsys):
     content[-1] ^= 1
     (kept / "model.safetensors").write_bytes(content)
     code, text = said(capsys, "verify", run)
-    assert code == 1 and "model.safetensors is damaged" in text and "manifest's, in w" in text
+    assert code == 1 and "model.safetensors is damaged" in text and "manifest's, in b" in text
 
 
 def test_a_folder_without_checkpoints_is_said(tmp_path, capsys):
