@@ -27,6 +27,8 @@ setup(
         "transformers>=5.19,<6",
         "tokenizers>=0.22,<1",
         "safetensors>=0.6,<1",
+        "xxhash>=3.5,<5",
+        "isal>=1.7,<2",
         "numpy>=2.0,<3",
         "pydantic>=2.11,<3",
         "pyyaml>=6.0,<7",

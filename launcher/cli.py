@@ -1,4 +1,4 @@
-"""`pbsd`: train, look at configurations, trajectories and reports, run benches.
+"""`pbsd`: train, look at configurations, trajectories, reports and checkpoints, convert models, run benches.
 
 Only what a command needs is imported, so that `pbsd config check` answers at once. Exit codes: 0 done, 1 the run
 failed, 2 what was asked for is wrong, 130 interrupted, 143 terminated.
@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 
+from launcher.convert import add_commands
 from megatron_pbsd.errors import PbsdError, UsageError, did_you_mean
 
 DONE, FAILED, WRONG, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
@@ -54,7 +56,8 @@ def parser() -> argparse.ArgumentParser:
     overrides = "Any key can be set on top, e.g. --learner.optimizer.lr 1e-4; `pbsd config show CONFIG` lists them."
     train = command(commands, "train", "train as a configuration says", _train, epilog=overrides)
     train.add_argument("config", metavar="CONFIG", help="YAML file")
-    train.add_argument("--resume", action="store_true", help="continue from the run's last checkpoint")
+    train.add_argument("--resume", nargs="?", metavar="CHECKPOINT",
+                       help="continue from the run's newest checkpoint, or from this one: step_40, best")
 
     judge = command(commands, "evaluate", "evaluate the policy at model.path, without a learner", _evaluate,
                     epilog=overrides)
@@ -81,6 +84,18 @@ def parser() -> argparse.ArgumentParser:
     command(commands, "report", "build report.html from what a run recorded", _report).add_argument(
         "folder", metavar="RUN", help="the run's folder")
 
+    checkpoint = commands.add_parser("checkpoint", help="list or verify checkpoints", allow_abbrev=False)
+    actions = checkpoint.add_subparsers(dest="action", required=True, metavar="ACTION")
+    for name, summary, run in (
+            ("list", "which checkpoints there are, and why", _checkpoint_list),
+            ("verify", "compare every file and tensor with what was written", _checkpoint_verify)):
+        action = command(actions, name, summary, run)
+        action.add_argument("folder", metavar="RUN_OR_FOLDER", help="a run's folder, its checkpoints, or one of these")
+        action.add_argument("--json", action="store_true", help="print one line")
+    convert = commands.add_parser("convert", help="models between Hugging Face and Megatron, and a look into both",
+                                  allow_abbrev=False)
+    add_commands(command, convert.add_subparsers(dest="action", required=True, metavar="ACTION"))
+
     bench = command(commands, "bench", "measure one part", _bench, epilog=overrides)
     bench.add_argument("name", metavar="NAME", help="a module of launcher/bench")
     bench.add_argument("--json", action="store_true", help="print one line")
@@ -106,13 +121,22 @@ def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     rest, overrides, remaining = [], [], list(argv)
     while remaining:
         token = remaining.pop(0)
-        if not token.startswith("--") or token in ("--resume", "--json", "--help"):
+        if token == "--resume":
+            chosen = remaining.pop(0) if remaining and _is_checkpoint(remaining[0], rest) else "latest"
+            token = f"--resume={chosen}"
+        if not token.startswith("--") or token.partition("=")[0] in ("--resume", "--json", "--help"):
             rest.append(token)
             continue
         overrides.append(token)
         if "=" not in token and remaining and not remaining[0].startswith("--"):
             overrides.append(remaining.pop(0))
     return rest, overrides
+
+
+def _is_checkpoint(token: str, before: Sequence[str]) -> bool:
+    """Whether what follows `--resume` is its value. Once CONFIG has been given it can be nothing else."""
+    return not token.startswith("--") and (
+        len(before) > 1 or re.fullmatch(r"(step_)?\d+|latest|best", token) is not None)
 
 
 def _train(arguments: argparse.Namespace) -> int:
@@ -128,7 +152,8 @@ def _train(arguments: argparse.Namespace) -> int:
     try:
         from megatron_pbsd.train import main as train
 
-        train(config, resume=arguments.resume)
+        resume = arguments.resume
+        train(config, resume=f"step_{resume}" if resume and resume.isdigit() else resume)
         print(f"report: {config.folder / 'report.html'}")
     except UsageError:
         raise
@@ -198,6 +223,20 @@ def _report(arguments: argparse.Namespace) -> None:
     from megatron_pbsd.observability.report import write_report
 
     print(write_report(run_folder(arguments.folder)))
+
+
+def _checkpoint_list(arguments: argparse.Namespace) -> None:
+    from launcher.checkpoints import checkpoints_of, listed, print_list
+
+    print_list(listed(checkpoints_of(arguments.folder)), arguments.json)
+
+
+def _checkpoint_verify(arguments: argparse.Namespace) -> int:
+    from launcher.checkpoints import print_verified, verified
+
+    results = verified(arguments.folder)
+    print_verified(results, arguments.json)
+    return FAILED if any(results.values()) else DONE
 
 
 def _bench(arguments: argparse.Namespace) -> None:

@@ -3,57 +3,77 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import shutil
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_pbsd import credit, losses, summary
-from megatron_pbsd.checkpointing.hf_export import export_hf
-from megatron_pbsd.checkpointing.store import CheckpointStore, read_manifest
+from megatron_pbsd.checkpointing.errors import CheckpointError
+from megatron_pbsd.checkpointing.fsck import LEARNER
+from megatron_pbsd.checkpointing.hf_export import export_checkpoint
+from megatron_pbsd.checkpointing.manifest import Contents
+from megatron_pbsd.checkpointing.retention import unknown
+from megatron_pbsd.checkpointing.store import CheckpointStore, complete
+from megatron_pbsd.checkpointing.torch_dist import writer_name
 from megatron_pbsd.config import RunConfig
 from megatron_pbsd.controller.runtime import Handle, Runtime, open_runtime
 from megatron_pbsd.environments import Environment, build_environment
 from megatron_pbsd.learner.group import LearnerGroup
 from megatron_pbsd.observability.recorder import Recorder
 from megatron_pbsd.observability.records import TRAJECTORIES
-from megatron_pbsd.prompts import evaluation_requests
+from megatron_pbsd.prompts import evaluation_requests, position
 from megatron_pbsd.resharding.publication import Publisher
+from megatron_pbsd.resume import Start, find_start, leaving_weights
 from megatron_pbsd.rollout.coordinator import CollectStatistics, RolloutRequest, build_coordinator
 from megatron_pbsd.rollout.engine_group import EngineGroup
 from megatron_pbsd.rollout.engines.host import EngineHost
 from megatron_pbsd.rollout.engines.protocol import Engine
-from megatron_pbsd.trajectory import Group
+from megatron_pbsd.rollout.sink import taken_up
+from megatron_pbsd.trajectory import Group, Trajectory
 
 if TYPE_CHECKING:
     from megatron_pbsd.learner.learner import Learner
 
 PROBE_SEQUENCES = 4
+EXPORTED = "exported"
 POLL_S = 0.5
 
 
 class Rollout:
-    """The coordinator as the driver sees it: blocks until the groups are there, and shows progress meanwhile."""
+    """The coordinator as the driver sees it: blocks until the groups are there, and shows progress meanwhile.
 
-    def __init__(self, runtime: Runtime, coordinator: Handle, config: RunConfig, recorder: Recorder):
+    publisher: whose weights the engines have.
+    """
+
+    def __init__(self, runtime: Runtime, coordinator: Handle, config: RunConfig, recorder: Recorder,
+                 publisher: Publisher):
         self._runtime, self._coordinator, self._config, self._recorder = runtime, coordinator, config, recorder
+        self._publisher = publisher
+        self._taken_up: list[Trajectory] = []
 
     def collect(self, requests: Sequence[RolloutRequest], step: int, *, temperature: float | None = None,
                 kind: str = "step", attempt: int = 0) -> tuple[list[Group], CollectStatistics]:
         """Unscored groups in the order of `requests`, and what the engines did.
 
         Finished trajectories are in `trajectories/<kind>_<step>.unscored.jsonl` until a rollout begins that is not a
-        further attempt of the same step.
+        further attempt of the same step. What a run that died had finished of this rollout, with the same weights, is
+        not generated again.
         """
-        if attempt == 0:
-            self.discard_unscored()
         sink = self._recorder.folder / TRAJECTORIES / f"{kind}_{step:06d}.unscored.jsonl"
+        sampling = {
+            "seed": self._config.seed,
+            "routed_experts": self._config.learner.moe.routing_replay and kind == "step",
+            "temperature": self._config.rollout.temperature if temperature is None else temperature}
+        if attempt == 0:
+            self.discard_unscored(but=sink.stem)
+            self._taken_up = taken_up(sink, self._origin(sampling))
         call = self._coordinator.call(
-            "collect", requests, step=step, seed=self._config.seed, sink=sink.resolve(),
-            routed_experts=self._config.learner.moe.routing_replay and kind == "step",
-            temperature=self._config.rollout.temperature if temperature is None else temperature)
+            "collect", requests, step=step, sink=sink.resolve(), finished=self._taken_up, **sampling)
         # The coordinator has a deadline for each engine call; here only its own death can be news.
         while not self._runtime.wait([call], timeout=POLL_S)[0]:
             progress = self._runtime.result(self._coordinator.observe("progress"))
@@ -61,16 +81,22 @@ class Rollout:
         groups = self._runtime.result(call)
         return groups, self._runtime.result(self._coordinator.call("statistics"))
 
-    def discard_unscored(self) -> None:
+    def _origin(self, sampling: Mapping[str, Any]) -> str:
+        """All that decides how trajectories turn out, besides their prompts, which they have with them."""
+        limits = self._config.rollout.model_dump(include={"max_turns", "max_turn_tokens", "max_context"})
+        return json.dumps({"weights": self._publisher.published.digest, **sampling, **limits,
+                           "environment": self._config.environment.model_dump(mode="json")}, sort_keys=True)
+
+    def discard_unscored(self, but: str = "") -> None:
         """What the last rollout wrote has since been recorded with its scores."""
-        for path in (self._recorder.folder / TRAJECTORIES).glob("*.unscored.jsonl"):
-            path.unlink()
+        for path in (self._recorder.folder / TRAJECTORIES).glob("*.unscored.*"):
+            if path.stem != but:
+                path.unlink()
 
 
 @dataclass
 class Components:
-    """reference: an engine that no weights are published to, if the algorithm compares with it.
-    done: training steps that are behind the learner's weights (0 in a new run)."""
+    """reference: an engine that no weights are published to, if the algorithm compares with it."""
 
     config: RunConfig
     recorder: Recorder
@@ -80,7 +106,7 @@ class Components:
     rollout: Rollout
     reference: EngineGroup | None
     checkpoints: CheckpointStore
-    done: int
+    start: Start
 
     def __post_init__(self) -> None:
         splits = {self.config.environment.train_split, self.config.evaluation.split}
@@ -109,15 +135,48 @@ class Components:
                 requests, step, temperature=config.evaluation.temperature, kind="evaluation")
             return summary.of_evaluation(self.reward(groups))
 
-    def save(self, step: int) -> None:
-        """A checkpoint to resume from; with the last one, the policy in Hugging Face format."""
+    def check(self, metrics: Mapping[str, float], evaluated: bool) -> None:
+        """Raise what has gone wrong with checkpoints in the background, and that the one to choose the best by is no
+        metric: early, while little is lost. `evaluated`: whether `metrics` are of an evaluation too."""
+        self.checkpoints.check()
+        best = self.config.checkpoint.best
+        due = best is not None and (evaluated or not best.metric.startswith("eval/"))
+        if due and (problem := unknown(best, metrics)):
+            raise CheckpointError(problem)
+
+    def save(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Begin a checkpoint to resume from; in the background it is committed, and exported in Hugging Face format.
+        What fails there is raised by `check`, the next `save` or the end of the run."""
         # Parameters and two Adam moments; the estimate only has to catch a disk that cannot hold it.
         needed = 3 * int(self.publisher.nbytes)
         layout = self.config.learner.parallel.model_dump()
-        with self.checkpoints.writing(step, layout, needed) as folder:
-            self.learner.save(str(folder.resolve() / "learner"))
-        if step == self.config.steps and self.config.checkpoint.export_hf:
-            export_hf(self.publisher.published(), Path(self.config.model.path), self.recorder.folder / "exported")
+        ranks = [writer_name(rank) for rank in range(layout["world_size"])]
+        contents = Contents(
+            step, layout, {name: float(value) for name, value in metrics.items()}, position(self.config, step))
+        with self.checkpoints.writing(contents, needed, ranks, then=exporter(self.config, step)) as folder:
+            self.learner.save(str(folder.resolve() / LEARNER), wait=False)
+
+
+def exporter(config: RunConfig, step: int) -> Callable[[Path], None] | None:
+    """What writes the policy of this step's checkpoint, which it is given, as a Hugging Face folder, if that is asked
+    for; those of checkpoints that have gone go too. CheckpointError when it cannot be written."""
+    when, is_last = config.checkpoint.export_hf, step == config.steps
+    if when == "never" or (when == "final" and not is_last):
+        return None
+    folder = config.folder / (EXPORTED if is_last else f"{EXPORTED}_step_{step}")
+
+    def export(checkpoint: Path) -> None:
+        try:
+            export_checkpoint(checkpoint / LEARNER, Path(config.model.path), folder)
+        except Exception as error:
+            raise CheckpointError(
+                f"{checkpoint} is complete, but could not be exported to {folder}: {error}") from error
+        kept = {f"{EXPORTED}_{path.name}" for path in complete(checkpoint.parent)}
+        for old in config.folder.glob(f"{EXPORTED}_step_*"):
+            if old.name not in kept:
+                shutil.rmtree(old)
+
+    return export
 
 
 def score(environment: Environment, groups: Sequence[Group], tasks: dict) -> list[Group]:
@@ -133,14 +192,17 @@ def score(environment: Environment, groups: Sequence[Group], tasks: dict) -> lis
 
 
 @contextmanager
-def build(config: RunConfig, resume: bool) -> Iterator[Components]:
-    """All components of a run, whose records go to `<runs>/<name>`. `resume` continues from its newest checkpoint."""
+def build(config: RunConfig, resume: str | None) -> Iterator[Components]:
+    """All components of a run, whose records go to `<runs>/<name>`. `resume`: the checkpoint to continue from, None for
+    a new run; the newest one need not exist."""
     folder = config.folder
-    checkpoints = CheckpointStore(folder / "checkpoints", config.checkpoint.keep)
-    newest = checkpoints.newest() if resume else None
-    done = read_manifest(newest).step if newest else 0
     with ExitStack() as stack:
-        recorder = stack.enter_context(Recorder(folder, config.observability, config, done + 1 if done else 0))
+        # Before the ranks, so that it ends when they have: what they have not written by then it gives up.
+        checkpoints = stack.enter_context(
+            CheckpointStore(folder / "checkpoints", config.checkpoint, config.learner.deadline_s))
+        start = find_start(checkpoints, config, resume)
+        first_row = start.done + 1 if start.done else 0
+        recorder = stack.enter_context(Recorder(folder, config.observability, config, first_row))
         runtime = stack.enter_context(open_runtime(config.runtime, config.folder / "logs", config.ray_port))
         learner, engines = start_learner(runtime, config), start_engines(runtime, config)
         reference = start_reference(runtime, config)
@@ -150,12 +212,17 @@ def build(config: RunConfig, resume: bool) -> Iterator[Components]:
         engines.ready()
         if reference is not None:
             reference.ready()
-        if newest is not None:
-            learner.load(str((newest / "learner").resolve()))
+        if start.checkpoint is not None:
+            learner.load(str((start.checkpoint / LEARNER).resolve()))
+        if start.recovered is not None:
+            learner.replace_weights(str(start.recovered.resolve()), (start.done - start.saved) * _updates(config))
         publisher = Publisher(learner, engines, _probe(environment, config), config.rollout.probe_tolerance)
         stack.callback(publisher.close)
-        rollout = Rollout(runtime, coordinator, config, recorder)
-        yield Components(config, recorder, environment, learner, publisher, rollout, reference, checkpoints, done)
+        stack.enter_context(leaving_weights(publisher, checkpoints.folder, config))
+        rollout = Rollout(runtime, coordinator, config, recorder, publisher)
+        yield Components(config, recorder, environment, learner, publisher, rollout, reference, checkpoints, start)
+        learner.saved()
+        checkpoints.finish()
         rollout.discard_unscored()
 
 
@@ -165,7 +232,12 @@ def start_learner(runtime: Runtime, config: RunConfig) -> LearnerGroup:
     return LearnerGroup.spawn(
         runtime, build_learner, world_size=config.learner.parallel.world_size, deadline_s=config.learner.deadline_s,
         model=config.model, config=config.learner, loss=loss, seed=config.seed,
-        total_steps=config.steps * (1 if supervised else config.learner.updates_per_step))
+        total_steps=config.steps * _updates(config))
+
+
+def _updates(config: RunConfig) -> int:
+    """Optimizer steps of a training step."""
+    return 1 if config.algorithm.name == "sft" else config.learner.updates_per_step
 
 
 def build_learner(rank: int, rendezvous: str, **arguments: Any) -> Learner:

@@ -6,11 +6,13 @@ There is no data-loader state: a resumed run asks what the uninterrupted one wou
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from megatron_pbsd.batch import Batch
 from megatron_pbsd.config import PrivilegedConfig, RunConfig
 from megatron_pbsd.environments import Environment, Task
+from megatron_pbsd.errors import UsageError
 from megatron_pbsd.rollout.coordinator import RolloutRequest
 from megatron_pbsd.trajectory import Group
 
@@ -52,6 +54,44 @@ def tasks_between(tasks: Sequence[Task], seed: int, start: int, stop: int) -> li
         first = epoch * len(tasks)
         chosen += [tasks[i] for i in order[max(start - first, 0) : stop - first]]
     return chosen
+
+
+def position(config: RunConfig, step: int) -> dict[str, Any]:
+    """Where in its data a run is after `step`: what decides the order of prompts, and how many are behind it."""
+    return _order(config) | {"prompts": step * _per_step(config)}
+
+
+def check_position(saved: Mapping[str, Any], config: RunConfig, step: int) -> str | None:
+    """Compare `position` of a checkpoint of `step` with where a run with `config` goes on from.
+
+    UsageError naming every key that makes it another order of prompts. With another number of prompts per step the
+    order is the same: what is then asked twice, or never, is returned as a sentence.
+    """
+    if different := {key: value for key, value in _order(config).items() if saved.get(key) != value}:
+        raise UsageError(
+            "a resumed run asks its prompts in the order that it began with, which these keys would change: "
+            + "; ".join(f"{key} = {value!r}, the checkpoint was made with {saved.get(key)!r}"
+                        for key, value in different.items())
+            + ". Set them back, or begin a new run with the exported policy")
+    behind, here = saved["prompts"], step * _per_step(config)
+    if behind == here:
+        return None
+    first, last = min(behind, here), max(behind, here) - 1
+    return (f"step {step + 1} goes on at prompt {here} of the stream, with {_per_step(config)} prompts a step; the "
+            f"checkpoint ends at {behind}: prompts {first} to {last} are "
+            + ("asked again" if here < behind else "left out"))
+
+
+def _order(config: RunConfig) -> dict[str, Any]:
+    environment = config.environment
+    return {"seed": config.seed, "environment.name": environment.name,
+            "environment.train_split": environment.train_split, "environment.hops": list(environment.hops)}
+
+
+def _per_step(config: RunConfig) -> int:
+    if config.algorithm.name == "sft":
+        return config.algorithm.sequences_per_step
+    return config.rollout.prompts_per_step * config.algorithm.sampling_attempts
 
 
 def disclosed_answers(environment: Environment, tasks: Sequence[Task], config: RunConfig) -> list[str]:

@@ -16,10 +16,11 @@ def of_engines(rollouts: Sequence[CollectStatistics]) -> dict[str, float]:
     tokens = sum(r.generated_tokens for r in rollouts)
     return {
         "rollout/tokens": float(tokens),
-        "rollout/tokens_per_s": tokens / seconds,
+        "rollout/tokens_per_s": (tokens - sum(r.taken_up_tokens for r in rollouts)) / seconds,
         "rollout/engine_idle": sum(r.engine_idle_share * r.wall_seconds for r in rollouts) / seconds,
         "rollout/cached_tokens": float(sum(r.cached_tokens for r in rollouts)),
         "rollout/attempts": float(len(rollouts)),
+        "rollout/taken_up": float(sum(r.taken_up for r in rollouts)),
     }
 
 

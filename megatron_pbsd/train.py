@@ -25,8 +25,11 @@ from megatron_pbsd.rollout.coordinator import CollectStatistics
 from megatron_pbsd.trajectory import Group
 
 
-def main(config: RunConfig, resume: bool = False) -> None:
-    """Run `config` to its last step. Failures derive from `errors.PbsdError` and name the component at fault."""
+def main(config: RunConfig, resume: str | None = None) -> None:
+    """Run `config` to its last step, from the checkpoint `resume` (`step_40`, `latest`, `best`) if given.
+
+    Failures derive from `errors.PbsdError` and name the component at fault.
+    """
     train = train_supervised if config.algorithm.name == "sft" else train_with_rewards
     with build(config, resume) as run:
         train(run)
@@ -35,7 +38,7 @@ def main(config: RunConfig, resume: bool = False) -> None:
 def train_with_rewards(run: Components) -> None:
     config, recorder = run.config, run.recorder
     start(run)
-    for step in range(run.done + 1, config.steps + 1):
+    for step in range(run.start.done + 1, config.steps + 1):
         groups, others, metrics = roll_out(config, partial(ask_prompts, run, step))
         with recorder.phase("log_probs"):
             plan = credit.plan_for(config, groups, version=step - 1)
@@ -88,7 +91,7 @@ def train_supervised(run: Components) -> None:
     demonstrator = Demonstrator(run.environment, config.algorithm, config.environment.train_split, config.seed)
     size = config.algorithm.sequences_per_step
     start(run)
-    for step in range(run.done + 1, config.steps + 1):
+    for step in range(run.start.done + 1, config.steps + 1):
         with recorder.phase("train"):
             first = (step - 1) * size
             batch = from_trajectories([demonstrator.demonstration(first + i) for i in range(size)])
@@ -99,23 +102,25 @@ def train_supervised(run: Components) -> None:
 def start(run: Components) -> None:
     """Give the engines the learner's weights, new or resumed, and evaluate the starting policy."""
     with run.recorder.phase("weights"):
-        metrics = run.publisher.publish(run.done)
-    if run.done == 0:
+        metrics = run.publisher.publish(run.start.done)
+    if run.start.done == 0:
         run.recorder.log(0, metrics | run.evaluate(0) if run.config.evaluation.at_start else metrics)
 
 
 def finish(run: Components, step: int, metrics: dict[str, float]) -> None:
     """Publish the step's weights, evaluate and save where that is due, and write the step's row."""
     config, recorder = run.config, run.recorder
+    metrics |= run.start.metrics(step)
     evaluating, saving = is_due(step, config.evaluation.every, config), is_due(step, config.checkpoint.every, config)
     if config.algorithm.name != "sft" or evaluating:
         with recorder.phase("weights"):
             metrics |= run.publisher.publish(step)
     if evaluating:
         metrics |= run.evaluate(step)
+    run.check(metrics, evaluating)
     if saving:
         with recorder.phase("checkpoint"):
-            run.save(step)
+            run.save(step, metrics)
     recorder.log(step, metrics)
 
 

@@ -100,3 +100,24 @@ def test_dynamic_context_parallelism_needs_packing_and_no_balancing_loss():
     with pytest.raises(ValidationError, match="moe.aux_loss_coefficient = 0.1 needs parallel.dynamic_cp = False"):
         LearnerConfig(parallel=parallel, moe={"aux_loss_coefficient": 0.1})
     LearnerConfig(parallel=parallel)
+
+
+@pytest.mark.parametrize(("checkpoint", "evaluation", "words"), [
+    ({"every": 20, "keep_every": 50}, {}, r"keep_every = 50 names steps .* checkpoint.every = 20 .* multiple is 40"),
+    ({"every": 20, "keep_every": 5}, {}, "the nearest multiple is 20"),
+    ({"every": 0, "keep_every": 5}, {}, "set checkpoint.every to it"),
+    ({"every": 20, "best": {"metric": "eval/f1"}}, {"every": 15},
+     r"'eval/f1' is not known of every checkpoint: checkpoint.every = 20, evaluation.every = 15; the nearest .* is 15"),
+    ({"every": 20, "best": {"metric": "eval/f1"}}, {"every": 0}, "set evaluation.every to 20"),
+    ({"best": {"metric": "eval/f1", "direction": "most"}}, {}, "'max' or 'min'"),
+    ({"export_hf": "always"}, {}, "'final', 'every' or 'never'"),
+])
+def test_checkpoints_that_cannot_be_kept_as_asked(checkpoint, evaluation, words):
+    with pytest.raises(ValidationError, match=words):
+        RunConfig.model_validate({**MINIMAL, "checkpoint": checkpoint, "evaluation": evaluation})
+
+
+def test_checkpoints_as_they_may_be_kept():
+    for checkpoint in ({"every": 20, "keep_every": 40}, {"every": 20, "best": {"metric": "eval/f1"}},
+                       {"every": 7, "best": {"metric": "loss/total", "direction": "min"}}, {"every": 0, "keep": 1}):
+        RunConfig.model_validate({**MINIMAL, "checkpoint": checkpoint, "evaluation": {"every": 10}})

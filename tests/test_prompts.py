@@ -1,5 +1,8 @@
 """The order of the data and the dealing of groups, as properties."""
 
+import json
+import re
+
 import numpy as np
 import pytest
 from hypothesis import given, strategies as st
@@ -8,7 +11,8 @@ from scripted_rollout import EchoEnvironment
 from megatron_pbsd.batch import Batch
 from megatron_pbsd.config import RunConfig
 from megatron_pbsd.environments import Task
-from megatron_pbsd.prompts import mini_batches, requests, tasks_between
+from megatron_pbsd.errors import UsageError
+from megatron_pbsd.prompts import check_position, mini_batches, position, requests, tasks_between
 from megatron_pbsd.rollout.coordinator import CollectStatistics
 from megatron_pbsd.train import roll_out
 from megatron_pbsd.trajectory import Group, Trajectory, Turn, VersionSpan
@@ -91,3 +95,41 @@ def sampling(rewards, asked, **algorithm):
 def test_without_dynamic_sampling_every_group_is_kept():
     groups, others, _ = roll_out(*sampling([[EQUAL, MIXED]], [], name="grpo"))
     assert [g.group_id for g in groups] == ["0", "1"] and not others
+
+
+def run_config(steps=9, seed=1, environment=None, **sections):
+    return RunConfig.model_validate({"name": "n", "steps": steps, "seed": seed, "model": {"path": "m"},
+                                     "environment": environment or {}, **sections})
+
+
+def saved_at(step, **sections):
+    """As a checkpoint's manifest gives it back."""
+    return json.loads(json.dumps(position(run_config(**sections), step)))
+
+
+DAPO = {"algorithm": {"name": "dapo", "sampling_attempts": 3}}
+SFT = {"algorithm": {"name": "sft", "sequences_per_step": 64}}
+
+
+@pytest.mark.parametrize("sections", [{}, {"rollout": {"prompts_per_step": 5}}, DAPO, SFT], ids=str)
+def test_the_same_data_goes_on_without_a_word(sections):
+    assert check_position(saved_at(4, **sections), run_config(steps=20, **sections), 4) is None
+
+
+@pytest.mark.parametrize(("sections", "prompts", "words"), [
+    ({"rollout": {"prompts_per_step": 8}}, 64, "goes on at prompt 32 .* ends at 64: prompts 32 to 63 are asked again"),
+    ({"rollout": {"prompts_per_step": 20}}, 64, "goes on at prompt 80 .* ends at 64: prompts 64 to 79 are left out"),
+    (DAPO, 64, "goes on at prompt 192 of the stream, with 48 prompts a step"),
+])
+def test_a_position_that_moves_is_told(sections, prompts, words):
+    saved = saved_at(4)
+    assert saved["prompts"] == prompts
+    assert re.search(words, check_position(saved, run_config(**sections), 4))
+
+
+def test_another_order_of_prompts_is_refused_with_every_key():
+    saved = saved_at(4)
+    with pytest.raises(UsageError, match=r"seed = 2, the checkpoint was made with 1; .*hops = \[1\], .* with \[1, 2"):
+        check_position(saved, run_config(seed=2, environment={"hops": [1]}), 4)
+    with pytest.raises(UsageError, match="environment.train_split = 'heldout', the checkpoint was made with 'train'"):
+        check_position(saved, run_config(environment={"train_split": "heldout"}), 4)

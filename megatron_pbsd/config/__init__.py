@@ -44,5 +44,5 @@ from megatron_pbsd.config.losses import (
 )
 from megatron_pbsd.config.model import ModelConfig
 from megatron_pbsd.config.rollout import EnvironmentConfig, EvaluationConfig, RolloutConfig
-from megatron_pbsd.config.run import CheckpointConfig, ObservabilityConfig, RunConfig
+from megatron_pbsd.config.run import BestConfig, CheckpointConfig, ObservabilityConfig, RunConfig
 from megatron_pbsd.config.section import Fraction, Positive, PositiveInt, Section

@@ -15,13 +15,24 @@ from megatron_pbsd.config.rollout import EnvironmentConfig, EvaluationConfig, Ro
 from megatron_pbsd.config.section import PositiveInt, Section
 
 
+class BestConfig(Section):
+    metric: str
+    """A metric of the step, as in metrics.jsonl, e.g. `eval/exact_match`."""
+    direction: Literal["max", "min"] = "max"
+    """Whether more of it is better, or less."""
+
+
 class CheckpointConfig(Section):
     every: Annotated[int, Field(ge=0)] = 20
     """Steps between checkpoints; 0 keeps only the last."""
     keep: PositiveInt = 2
     """Newest checkpoints that are kept."""
-    export_hf: bool = True
-    """Write the final policy in Hugging Face format too."""
+    keep_every: Annotated[int, Field(ge=0)] = 0
+    """Checkpoints of steps that this divides are kept too; 0 keeps none for that."""
+    best: BestConfig | None = None
+    """The checkpoint with the best value of a metric is kept too."""
+    export_hf: Literal["final", "every", "never"] = "final"
+    """Which policies are written in Hugging Face format too: the last one, that of every checkpoint, or none."""
 
 
 class ObservabilityConfig(Section):
@@ -89,6 +100,7 @@ class RunConfig(Section):
                 f"rollout.max_context = {self.rollout.max_context} does not fit a micro-batch: "
                 f"learner.micro_batch_tokens * learner.parallel.{ranks} = {learner.micro_batch_tokens} * {size} = "
                 f"{positions} positions; raise either, or lower max_context to at most {positions + 1}")
+        problems += self._checkpoint_conflicts()
         if self.model is not None and self.model.initial_weights == "random":
             reason = ("compares the policy with the model in model.path, from which model.initial_weights = 'random' "
                       "does not start it: set that to 'load', or this to")
@@ -99,8 +111,31 @@ class RunConfig(Section):
                 problems.append(f"algorithm.loss.kl_reference = 'reference' {reason} 'old'")
         return problems
 
+    def _checkpoint_conflicts(self) -> list[str]:
+        checkpoint, evaluated = self.checkpoint, self.evaluation.every
+        problems = []
+        if checkpoint.keep_every and (not checkpoint.every or checkpoint.keep_every % checkpoint.every):
+            problems.append(
+                f"checkpoint.keep_every = {checkpoint.keep_every} names steps at which checkpoint.every = "
+                f"{checkpoint.every} makes no checkpoint; " + (
+                    f"the nearest multiple is {_nearest_multiple(checkpoint.keep_every, checkpoint.every)}"
+                    if checkpoint.every else "set checkpoint.every to it"))
+        by_evaluation = checkpoint.best is not None and checkpoint.best.metric.startswith("eval/")
+        if by_evaluation and checkpoint.every and (not evaluated or checkpoint.every % evaluated):
+            problems.append(
+                f"checkpoint.best.metric = {checkpoint.best.metric!r} is not known of every checkpoint: "
+                f"checkpoint.every = {checkpoint.every}, evaluation.every = {evaluated}; " + (
+                    f"the nearest checkpoint.every is {_nearest_multiple(checkpoint.every, evaluated)}"
+                    if evaluated else f"set evaluation.every to {checkpoint.every}"))
+        return problems
+
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
         if problems := self.conflicts():
             raise ValueError("\n".join(problems))
         return self
+
+
+def _nearest_multiple(value: int, of: int) -> int:
+    """At least `of` itself."""
+    return max(1, round(value / of)) * of

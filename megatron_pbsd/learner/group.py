@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import random
 import socket
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,6 +13,7 @@ import numpy as np
 from megatron_pbsd.batch import Batch
 from megatron_pbsd.controller.group import Group
 from megatron_pbsd.controller.runtime import Runtime
+from megatron_pbsd.learner.errors import LearnerError
 
 if TYPE_CHECKING:
     from megatron_pbsd.learner.update import Update
@@ -18,6 +21,9 @@ if TYPE_CHECKING:
     from megatron_pbsd.resharding.manifest import WeightsManifest
 
 
+PORTS = range(20_000, 32_768)
+"""Between those of Ray's workers and those that Linux gives to whoever asks for any: nobody else takes one by chance
+before rank 0 listens there."""
 LAST_WORD_S = 8.0
 """Ranks whose phase outlasts its deadline say which of them is at fault, which the driver cannot: it waits for that."""
 
@@ -60,11 +66,24 @@ class LearnerGroup(Group):
         """Tensors that some rank finds published with other bytes than it holds."""
         return list(dict.fromkeys(name for names in self.call("differing", manifest) for name in names))
 
-    def save(self, folder: str) -> None:
+    def save(self, folder: str, wait: bool) -> None:
+        """Every rank's part of a checkpoint into `folder`; `torch_dist.assemble` makes it one once all are there.
+
+        wait: until they are; otherwise the ranks write while they go on (`torch_dist.unfinished`, `failures`).
+        """
         self.call("save", folder)
+        if wait:
+            self.saved()
+
+    def saved(self) -> None:
+        """Wait until what the last `save` began is on disk."""
+        self.call("saved")
 
     def load(self, folder: str) -> None:
         self.call("load", folder)
+
+    def replace_weights(self, folder: str, steps: int) -> None:
+        self.call("replace_weights", folder, steps)
 
     def release(self, phase: str) -> dict[str, int]:
         """Bytes that the ranks give back together, by category."""
@@ -80,6 +99,8 @@ class LearnerGroup(Group):
 
 def free_port() -> int:
     """A TCP port of this machine that nobody listens on at the moment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    for port in random.SystemRandom().sample(PORTS, len(PORTS)):
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("", port))
+            return port
+    raise LearnerError(f"no TCP port from {PORTS.start} to {PORTS.stop - 1} is free")

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,8 +18,10 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_pbsd.batch import Batch
+from megatron_pbsd.checkpointing.hf_folder import stored
+from megatron_pbsd.checkpointing.torch_dist import writer_name
 from megatron_pbsd.config import LearnerConfig, ModelConfig
-from megatron_pbsd.learner import fields, metrics, microbatch, state, weights
+from megatron_pbsd.learner import fields, metrics, microbatch, weights
 from megatron_pbsd.learner.balance import plan
 from megatron_pbsd.learner.blocks import Share, plan_blocks
 from megatron_pbsd.learner.context_parallel import sum_over
@@ -27,8 +30,11 @@ from megatron_pbsd.learner.errors import LearnerError
 from megatron_pbsd.learner.memory import CATEGORIES, DeviceMemory
 from megatron_pbsd.learner.microbatch import MicroBatch, Shape
 from megatron_pbsd.learner.model import Query, build_model, build_optimizer
+from megatron_pbsd.learner.optimizer_state import renew_masters
 from megatron_pbsd.learner.parallel_state import connect, context_group, disconnect
 from megatron_pbsd.learner.routing import Positions, forget_last, routers
+from megatron_pbsd.learner.saving import Saver
+from megatron_pbsd.learner.state import LearnerState
 from megatron_pbsd.learner.token_table import TokenTable
 from megatron_pbsd.learner.update import Update
 from megatron_pbsd.learner.watchdog import Watchdog
@@ -36,6 +42,7 @@ from megatron_pbsd.losses import Loss, LossInputs, LossOutput, token_weights
 from megatron_pbsd.models import family
 from megatron_pbsd.models.decoder import kept_in_float32
 from megatron_pbsd.models.hf_config import read
+from megatron_pbsd.models.parameters import ParameterMap, RankCoordinates
 from megatron_pbsd.models.transformer_engine import parameter_names
 from megatron_pbsd.platform import select
 from megatron_pbsd.resharding.manifest import WeightsManifest
@@ -79,16 +86,19 @@ class Learner:
             self.platform.seed(seed)
             chunks = build_model(self._family, hf, config, self.platform, "values" in loss.outputs)
             chunks = [chunk.to(self.device) for chunk in chunks]
-            maps = [self._family.pieces(hf, config.parallel, at, chunk) for chunk in range(len(chunks))]
-            if self.platform.transformer_engine:
-                maps = [{new: parts[old] for old, new in parameter_names(parts).items()} for parts in maps]
+            maps = self._maps(hf, at)
             self._weights = weights.Weights(chunks, maps)
+            self._stored = partial(stored, shapes=self._shapes, ignored=partial(self._family.ignored_tensor, hf))
             self._weights.fill(
-                weights.stored(model.path, self._shapes, partial(self._family.ignored_tensor, hf))
-                if model.initial_weights == "load" else weights.random(self._shapes, hf["initializer_range"], seed))
+                self._stored(model.path) if model.initial_weights == "load"
+                else weights.random(self._shapes, hf["initializer_range"], seed))
             self._chunks = chunks
             self._model, self._optimizer, self._scheduler = build_optimizer(chunks, config, self.platform, total_steps)
         self._memory = DeviceMemory(self._model, self._optimizer)
+        self._state = LearnerState(
+            chunks, maps, self._maps(hf, replace(at, cp=0, dp=0, expert_dp=0)), self._optimizer, self._scheduler,
+            self.platform, self._family, hf, config.parallel, at, rank, "values" in loss.outputs)
+        self._saver = Saver(writer_name(rank), self.device)
         self._routers = routers(chunks)
         transformer = chunks[0].config
         self._shape = Shape(
@@ -152,6 +162,7 @@ class Learner:
                 found = loss.summary(metrics.reduce(outputs, self._routers))
                 log_probs = kept.collect()
             with self._watchdog.phase("step.optimizer"):
+                self._saver.copied()
                 self._scheduler.step(1)
                 _, grad_norm, _ = self._optimizer.step()
         found["grad_norm"] = float(grad_norm)
@@ -177,20 +188,52 @@ class Learner:
         return self._weights.differing(manifest)
 
     def save(self, folder: str) -> None:
-        """Write model, optimizer, schedule and random numbers of all ranks into `folder`, readable at any layout."""
-        with self._phase("save", WEIGHTS_AND_STATE):
-            state.save(folder, self._chunks, self._optimizer, self._scheduler, self.platform)
+        """Begin to write this rank's part of a checkpoint into `folder`: model, optimizer, schedule and random numbers
+        as they are now, readable at any layout. `torch_dist.unfinished` says whether it is there.
 
-    def load(self, folder: str) -> None:
-        """Inverse of `save`. LearnerError when there is nothing to load."""
-        with self._phase("load", WEIGHTS_AND_STATE):
-            state.load(folder, self._chunks, self._optimizer, self._scheduler, self.platform)
+        LearnerError, here or from a later call, when an earlier part could not be written.
+        """
+        with self._phase("save", WEIGHTS_AND_STATE):
+            self._saver.begin(Path(folder), self._state.content())
+
+    def saved(self) -> None:
+        """Wait until what `save` began is on disk."""
+        with self._phase("saved"):
+            self._saver.saved()
+
+    def copy_wait_s(self) -> float:
+        """Seconds for which a step has waited until the last `save` had copied what the step changes."""
+        return self._saver.waited_s
+
+    def load(self, folder: str, weights_only: bool = False) -> None:
+        """Inverse of `save`. weights_only: not the optimizer, nor anything else that continues a run.
+
+        CheckpointError when there is nothing to load, LearnerError when it is not this model's.
+        """
+        with self._phase("load", WEIGHTS_AND_STATE), torch.no_grad():
+            self._saver.copied()
+            self._state.load(Path(folder), weights_only)
+
+    def replace_weights(self, folder: str, steps: int) -> None:
+        """Take the weights of a Hugging Face folder instead, which are `steps` optimizer steps newer. The schedule goes
+        on as far; Adam's moments, random numbers and a value head stay as they are.
+
+        ModelError when they are not this model's.
+        """
+        with self._phase("replace_weights", WEIGHTS_AND_STATE), torch.no_grad():
+            self._saver.copied()
+            self._weights.fill(self._stored(folder))
+            renew_masters(self._optimizer)
+            self._scheduler.step(steps)
 
     def close(self) -> None:
         """Leave the process groups; the learner is unusable afterwards."""
-        forget_last(self._chunks)
-        disconnect()
-        self._watchdog.close()
+        try:
+            self._saver.saved()
+        finally:
+            forget_last(self._chunks)
+            disconnect()
+            self._watchdog.close()
 
     def release(self, phase: str, keep: Sequence[str] = ()) -> dict[str, int]:
         """Give device memory away for `phase`; bytes given back, by category (`memory.CATEGORIES`).
@@ -198,6 +241,7 @@ class Learner:
         All ranks do it alike. Until `regain` everything that needs what is released raises LearnerError.
         """
         with self._phase("release"):
+            self._saver.copied()
             return self._memory.release(phase, keep)
 
     def regain(self) -> None:
@@ -209,8 +253,17 @@ class Learner:
     def _phase(self, name: str, needed: Sequence[str] = ()) -> Iterator[None]:
         """Surrounds all of Megatron's work: collectives have a name and a deadline, and memory is there."""
         self._memory.require(name, needed)
+        self._saver.check()
         with self.platform.running(), self._watchdog.phase(name):
             yield
+
+    def _maps(self, hf: Mapping[str, Any], at: RankCoordinates) -> list[ParameterMap]:
+        """What lies where in each model chunk of the rank at `at`, by the names that this platform's modules have."""
+        parallel = self.config.parallel
+        maps = [self._family.pieces(hf, parallel, at, chunk) for chunk in range(parallel.vpp)]
+        if self.platform.transformer_engine:
+            maps = [{new: parts[old] for old, new in parameter_names(parts).items()} for parts in maps]
+        return maps
 
     def _train(self, training: bool) -> None:
         for chunk in self._model:

@@ -15,9 +15,10 @@ from collections.abc import Collection, Iterator, Sequence
 import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
-from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
+from megatron.core.optimizer import MegatronOptimizer
 
 from megatron_pbsd.learner.errors import LearnerError
+from megatron_pbsd.learner.optimizer_state import parts
 
 CATEGORIES = ("parameters", "gradients", "master_weights", "optimizer_state", "communicators")
 """master_weights: the optimizer's float32 copies of bfloat16 parameters. communicators: NCCL's buffers."""
@@ -122,7 +123,7 @@ class DeviceMemory:
                 yield "parameters", parameter
                 if parameter.grad is not None:
                     yield "gradients", parameter.grad
-        for optimizer in _torch_optimizers(self._optimizer):
+        for optimizer in (part.optimizer for part in parts(self._optimizer)):
             for parameter in (p for group in optimizer.param_groups for p in group["params"]):
                 yield "master_weights", parameter
                 if parameter.grad is not None:
@@ -157,12 +158,6 @@ class Emptied:
 
 def _bytes(storage: torch.UntypedStorage) -> torch.Tensor:
     return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
-
-
-def _torch_optimizers(optimizer: MegatronOptimizer) -> list[torch.optim.Optimizer]:
-    """Megatron makes one for dense and one for expert parameters; a rank without parameters has none."""
-    parts = optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
-    return [part.optimizer for part in parts if part.optimizer is not None]
 
 
 def _suspendable() -> list[dist.Backend]:

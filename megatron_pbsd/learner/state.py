@@ -1,155 +1,258 @@
-"""What a checkpoint keeps of the learner: model, optimizer, schedule, random numbers. Readable at any layout."""
+"""What a checkpoint keeps of the learner: model, optimizer, schedule, random numbers. Readable at any layout.
+
+    <key>                          a parameter or stored buffer of the undivided model, by its name in
+                                   `models/dist_checkpoint.py`; a value head's are value_head.weight and value_head.bias
+    optimizer.state.exp_avg.<key>  float32, Adam's moments; also exp_avg_sq
+    optimizer.state.param.<key>    float32, what a bfloat16 parameter is rounded from
+    rng/<rank>                     random-number generators, of use to the same layout
+    common.pt                      Adam's settings and steps, schedule, layout, dtype, config.json
+
+Each element is written by one rank: those that have the same ones divide them evenly.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-import torch.distributed.checkpoint as torch_checkpoint
-from megatron.core import dist_checkpointing, parallel_state
-from megatron.core.dist_checkpointing.mapping import ShardedObject
-from megatron.core.dist_checkpointing.strategies.torch import (
-    MCoreSavePlanner,
-    TorchDistSaveShardedStrategy,
-    _replace_state_dict_keys_with_sharded_keys,
-    mcore_to_pyt_state_dict,
-)
-from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.optimizer import MegatronOptimizer
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-from megatron.core.transformer.module import MegatronModule
 
+from megatron_pbsd.checkpointing.errors import CheckpointError
+from megatron_pbsd.checkpointing.torch_dist import Reader
+from megatron_pbsd.config import ParallelConfig
+from megatron_pbsd.learner import optimizer_state
 from megatron_pbsd.learner.errors import LearnerError
+from megatron_pbsd.learner.optimizer_state import MASTER
+from megatron_pbsd.learner.saving import Content, Part
+from megatron_pbsd.learner.shards import Shard, shards, share, view
+from megatron_pbsd.learner.weights import VALUE_HEAD, held_tensors
+from megatron_pbsd.models.dist_checkpoint import Place, has_layer_axis, places
+from megatron_pbsd.models.family import Family
+from megatron_pbsd.models.parameters import ParameterMap, Piece, RankCoordinates, unpaired
 from megatron_pbsd.platform import Platform
 
+OPTIMIZER = "optimizer."
+NAMED_PROBLEMS = 20
 
-class InProcessSave(TorchDistSaveShardedStrategy):
-    """Megatron's torch_dist format, written by the calling process.
 
-    Megatron's own strategy starts a manager and writer processes for every save, even a synchronous one: seconds of
-    imports, and a second run of the caller's __main__, for what is one file per rank.
+@dataclass(frozen=True)
+class Local:
+    """A parameter or stored buffer of this rank.
+
+    written:  of its pieces those that this rank writes, together with the ranks that differ from it in their data only.
     """
 
-    def __init__(self):
-        super().__init__("torch_dist", 1)
+    tensor: torch.Tensor
+    pieces: Sequence[Piece]
+    written: Sequence[Piece]
 
-    def save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: str) -> None:
-        by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, self.keep_only_main_replica)
-        torch_checkpoint.save(
-            mcore_to_pyt_state_dict(by_key),
-            storage_writer=torch_checkpoint.FileSystemWriter(checkpoint_dir, sync_files=False),
-            planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False))
+    @property
+    def flat(self) -> torch.Tensor:
+        return self.tensor.detach().view(-1)
 
-
-def save(
-    folder: str, chunks: Sequence[MegatronModule], optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler,
-    platform: Platform,
-) -> None:
-    """Write all ranks' parts into `folder`; every rank calls this. The files are not yet synced to disk."""
-    if dist.get_rank() == 0:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-    dist.barrier()
-    state = _sharded(chunks, optimizer, is_loading=False)
-    state["rng"] = _rng(platform.rng_state())
-    state["scheduler"] = scheduler.state_dict()
-    state["layout"] = _layout()
-    state["distributed_optimizer"] = bool(_distributed(optimizer))
-    dist_checkpointing.save(state, folder, InProcessSave())
+    @property
+    def is_expert(self) -> bool:
+        return not getattr(self.tensor, "allreduce", True)
 
 
-def load(
-    folder: str, chunks: Sequence[MegatronModule], optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler,
-    platform: Platform,
-) -> None:
-    """Inverse of `save`, at this or another layout; every rank calls this.
+@dataclass(frozen=True)
+class Wanted:
+    """The elements of `shard` belong into `target`. keys: where they may be found, the best first."""
 
-    Random-number states belong to a layout: at another one they start afresh from the seed.
+    shard: Shard
+    keys: tuple[str, ...]
+    target: torch.Tensor
+
+
+class LearnerState:
+    """State of the rank at `at`, global rank `rank`.
+
+    chunks:  its model chunks. maps: for each of them what lies where, by name in the chunk; `first` is the same for the
+             first of the ranks that differ from this one in their data only.
     """
-    if not dist_checkpointing.check_is_distributed_checkpoint(folder):
-        raise LearnerError(f"{folder} holds no learner state: its metadata.json is missing")
-    common = dist_checkpointing.load_common_state_dict(folder)
-    same_layout = common["layout"] == _layout()
-    written, mine = common["distributed_optimizer"], bool(_distributed(optimizer))
-    if written != mine:
-        raise LearnerError(f"{folder} was written with learner.distributed_optimizer = {written}, this run has {mine}; "
-                           "set it alike: Megatron-core lays the two out differently")
-    state = _sharded(chunks, optimizer, is_loading=True)
-    if same_layout:
-        state["rng"] = _rng(None)
-    loaded = dist_checkpointing.load(
-        state, folder, strict=StrictHandling.RAISE_ALL if same_layout else StrictHandling.ASSUME_OK_UNEXPECTED)
-    for chunk, key in zip(chunks, _keys(chunks), strict=True):
-        chunk.load_state_dict(loaded[key])
-    optimizer.load_state_dict(loaded["optimizer"])
-    _separate_steps(optimizer)
-    scheduler.load_state_dict(loaded["scheduler"])
-    if same_layout:
-        platform.set_rng_state(loaded["rng"])
+
+    def __init__(
+        self, chunks: Sequence[torch.nn.Module], maps: Sequence[ParameterMap], first: Sequence[ParameterMap],
+        optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler, platform: Platform, family: Family,
+        hf: Mapping[str, Any], parallel: ParallelConfig, at: RankCoordinates, rank: int, value_head: bool,
+    ):
+        self._optimizer, self._scheduler, self._platform = optimizer, scheduler, platform
+        self._hf, self._decoder, self._value_head = dict(hf), family.decoder(hf), value_head
+        self._parallel, self._at, self._rank = parallel, at, rank
+        self._dtype = str(chunks[0].config.params_dtype).removeprefix("torch.")
+        self._locals = [
+            _local(name, tensor, mine, theirs, at)
+            for chunk, mine, theirs in zip(chunks, maps, first, strict=True) for name, tensor in held_tensors(chunk)]
+        self._plan: tuple[list[Part], list[Part]] | None = None
+
+    def content(self) -> Content:
+        """What this rank writes now: parameters and optimizer state themselves, which only an optimizer step changes,
+        and copies of the rest."""
+        if self._plan is None:
+            self._plan = self._parts()
+        # Routers change theirs at the end of a backward pass.
+        buffers = [replace(part, values=part.values.clone()) for part in self._plan[1]]
+        return Content([*self._plan[0], *buffers], {_rng_key(self._rank): self._platform.rng_state()},
+                       self._common() if self._rank == 0 else None)
+
+    def load(self, folder: Path, weights_only: bool) -> None:
+        """Read what this rank needs, whatever the layout that wrote it. Random-number states belong to a layout: at
+        another one they stay as they are.
+
+        weights_only:  leave moments, steps and schedule as they are, as for a converted checkpoint, which has none.
+        LearnerError naming all tensors that are missing, unexpected or of another shape.
+        """
+        reader = Reader(folder)
+        common = reader.common()
+        if not weights_only and "adam" not in common:
+            raise LearnerError(f"{folder} holds weights without the state of an optimizer, and no run to continue; "
+                               "load its weights only")
+        stored = self._places(has_layer_axis(reader.tensors))
+        wanted = self._wanted(stored, reader, weights_only)
+        problems = self._problems(stored, wanted, reader, weights_only)
+        if not problems:
+            problems = _fill(wanted, reader)
+        if problems:
+            more = f"; and {len(problems) - NAMED_PROBLEMS} more" if len(problems) > NAMED_PROBLEMS else ""
+            raise LearnerError(
+                f"{folder} does not hold what this model needs: " + "; ".join(problems[:NAMED_PROBLEMS]) + more)
+        if weights_only:
+            return
+        optimizer_state.set_settings(self._optimizer, common["adam"])
+        # Megatron-core adds the number of steps to those it has counted.
+        self._scheduler.num_steps = 0
+        self._scheduler.load_state_dict(common["scheduler"])
+        if common["layout"] == _layout(self._parallel):
+            self._platform.set_rng_state(reader.object(_rng_key(self._rank)))
+
+    def _parts(self) -> tuple[list[Part], list[Part]]:
+        """What this rank writes of parameters and optimizer, and of buffers."""
+        stored, ranges = self._places(), self._shares()
+        parameters, buffers = [], []
+        for local in self._locals:
+            kind = parameters if isinstance(local.tensor, torch.nn.Parameter) else buffers
+            kind += _parts_of(local, local.flat, 0, ranges[id(local.tensor)], stored, "")
+        by_parameter = {id(local.tensor): local for local in self._locals}
+        for held in optimizer_state.held(self._optimizer):
+            local = by_parameter[id(held.parameter)]
+            mine = (held.start, held.start + len(held.flat)) if held.divided else ranges[id(held.parameter)]
+            parameters += _parts_of(local, held.flat, held.start, mine, stored, _prefix(held.kind))
+        return parameters, buffers
+
+    def _shares(self) -> dict[int, tuple[int, int]]:
+        """id of a tensor → which of its flattened elements this rank writes, if none other has state for them."""
+        at, parallel = self._at, self._parallel
+        found = {}
+        for is_expert, number, ranks in ((False, at.dp * parallel.cp + at.cp, parallel.dp * parallel.cp),
+                                         (True, at.expert_dp, parallel.expert_dp)):
+            group = [local for local in self._locals if local.is_expert == is_expert and local.written]
+            ranges = share([local.tensor.shape for local in group], ranks, number)
+            found |= {id(local.tensor): mine for local, mine in zip(group, ranges, strict=True)}
+        return {id(local.tensor): (0, 0) for local in self._locals} | found
+
+    def _places(self, layer_axis: bool = False) -> dict[str, list[Place]]:
+        stored = places(self._decoder, layer_axis, as_in_layouts=True)
+        if self._value_head:
+            for name, shape in (("weight", (1, self._decoder.hidden_size)), ("bias", (1,))):
+                key = f"{VALUE_HEAD}{name}"
+                stored[key] = [Place(key, shape, _whole(shape), (0,) * len(shape))]
+        return stored
+
+    def _wanted(self, stored: Mapping[str, list[Place]], reader: Reader, weights_only: bool) -> list[Wanted]:
+        wanted = []
+        for local in self._locals:
+            names = ("",) if local.tensor.dtype != torch.float32 else (_prefix(MASTER), "")
+            wanted += _wants(local, local.flat, 0, stored, names)
+        by_parameter = {id(local.tensor): local for local in self._locals}
+        for held in optimizer_state.held(self._optimizer):
+            if held.kind == MASTER or not weights_only:
+                names = (_prefix(MASTER), "") if held.kind == MASTER else (_prefix(held.kind),)
+                wanted += _wants(by_parameter[id(held.parameter)], held.flat, held.start, stored, names)
+        # A value head begins with zeros, as with weights in Hugging Face format.
+        return [one for one in wanted if not (
+            weights_only and one.shard.key.startswith(VALUE_HEAD) and one.shard.key not in reader.tensors)]
+
+    def _problems(
+        self, stored: Mapping[str, list[Place]], wanted: Sequence[Wanted], reader: Reader, weights_only: bool
+    ) -> list[str]:
+        problems = []
+        for one in wanted:
+            key = next((key for key in one.keys if key in reader.tensors), None)
+            if key is None:
+                # Where there are no weights, moments need not be named too.
+                if one.keys[-1] == one.shard.key or one.shard.key in reader.tensors:
+                    problems.append(f"{one.keys[-1]} is missing")
+            elif reader.tensors[key].shape != one.shard.shape:
+                problems.append(f"{key} has shape {reader.tensors[key].shape}, this model's is {one.shard.shape}")
+        if not weights_only:
+            known = {place.key for parts in stored.values() for place in parts}
+            problems += [f"{key} is unexpected" for key in reader.tensors
+                         if key not in known and not key.startswith(OPTIMIZER)]
+        return list(dict.fromkeys(problems))
+
+    def _common(self) -> dict[str, Any]:
+        return {
+            "model": self._hf, "dtype": self._dtype, "layout": _layout(self._parallel),
+            "adam": optimizer_state.settings(self._optimizer), "scheduler": self._scheduler.state_dict()}
 
 
-def _sharded(chunks: Sequence[MegatronModule], optimizer: MegatronOptimizer, is_loading: bool) -> dict[str, Any]:
-    metadata = {
-        "distrib_optim_sharding_type": "fully_reshardable",
-        "distrib_optim_fully_reshardable_mem_efficient": False,
-        "chained_optim_avoid_prefix": True,
-        "singleton_local_shards": False,
-    }
-    state: dict[str, Any] = {
-        # Megatron writes process groups into the metadata it is given.
-        key: chunk.sharded_state_dict(metadata=dict(metadata))
-        for chunk, key in zip(chunks, _keys(chunks), strict=True)}
-    if is_loading:
-        _allocate(optimizer)
-    state["optimizer"] = optimizer.sharded_state_dict(state, is_loading=is_loading, metadata=dict(metadata))
-    return state
+def _local(
+    name: str, tensor: torch.Tensor, mine: ParameterMap, first: ParameterMap, at: RankCoordinates
+) -> Local:
+    if name.startswith(VALUE_HEAD):
+        pieces = [Piece(name, _whole(tensor.shape), _whole(tensor.shape), primary=at.tp == 0)]
+        return Local(tensor, pieces, pieces if at.tp == 0 else [])
+    written = [piece for piece, spoken in zip(mine[name], first[name], strict=True) if spoken.primary]
+    return Local(tensor, unpaired(mine[name]), unpaired(written))
 
 
-def _keys(chunks: Sequence[MegatronModule]) -> list[str]:
-    """Megatron's names for model chunks."""
-    return ["model"] if len(chunks) == 1 else [f"model{i}" for i in range(len(chunks))]
+def _parts_of(
+    local: Local, flat: torch.Tensor, start: int, elements: tuple[int, int], stored: Mapping[str, list[Place]],
+    prefix: str,
+) -> Iterator[Part]:
+    """The `elements` [start, stop) of a parameter, of which `flat` has those from `start` on."""
+    for shard in shards(local.written, stored, local.tensor.shape, *elements):
+        yield Part(prefix + shard.key, shard.shape, shard.offset, view(flat, start, local.tensor.shape, shard.box))
 
 
-def _distributed(optimizer: MegatronOptimizer) -> list[DistributedOptimizer]:
-    chained = getattr(optimizer, "chained_optimizers", [optimizer])
-    return [one for one in chained if isinstance(one, DistributedOptimizer)]
+def _wants(
+    local: Local, flat: torch.Tensor, start: int, stored: Mapping[str, list[Place]], prefixes: Sequence[str]
+) -> Iterator[Wanted]:
+    for shard in shards(local.pieces, stored, local.tensor.shape, start, start + len(flat)):
+        yield Wanted(shard, tuple(prefix + shard.key for prefix in prefixes),
+                     view(flat, start, local.tensor.shape, shard.box))
 
 
-def _separate_steps(optimizer: MegatronOptimizer) -> None:
-    """Megatron-core 0.16.1 loads one `step` tensor into all of torch Adam's states: each parameter would advance it,
-    and bias correction be silently wrong."""
-    for one in _distributed(optimizer):
-        for held in one.optimizer.state.values():
-            if torch.is_tensor(held.get("step")):
-                held["step"] = held["step"].clone()
+def _fill(wanted: Sequence[Wanted], reader: Reader) -> list[str]:
+    """What could not be read."""
+    problems = []
+    for one in wanted:
+        key = next(key for key in one.keys if key in reader.tensors)
+        try:
+            values = reader.read(key, one.shard.stored_box)
+        except CheckpointError as error:
+            problems.append(str(error))
+            continue
+        one.target.copy_(values.view(one.shard.size))
+    return problems
 
 
-def _allocate(optimizer: MegatronOptimizer) -> None:
-    """Give a distributed optimizer that has not stepped yet the state that loading writes into."""
-    for one in _distributed(optimizer):
-        for group in one.optimizer.param_groups:
-            for parameter in group["params"]:
-                if not one.optimizer.state[parameter]:
-                    one.optimizer.state[parameter] = {
-                        "step": torch.tensor(0.0), "exp_avg": torch.zeros_like(parameter.data),
-                        "exp_avg_sq": torch.zeros_like(parameter.data)}
+def _prefix(kind: str) -> str:
+    """Of the keys of optimizer state."""
+    return f"{OPTIMIZER}state.{kind}."
 
 
-def _layout() -> dict[str, int]:
-    return {
-        "tp": parallel_state.get_tensor_model_parallel_world_size(),
-        "pp": parallel_state.get_pipeline_model_parallel_world_size(),
-        "vpp": parallel_state.get_virtual_pipeline_model_parallel_world_size() or 1,
-        "cp": parallel_state.get_context_parallel_world_size(),
-        "dp": parallel_state.get_data_parallel_world_size(),
-        "ep": parallel_state.get_expert_model_parallel_world_size(),
-        "etp": parallel_state.get_expert_tensor_parallel_world_size(),
-    }
+def _rng_key(rank: int) -> str:
+    return f"rng/{rank}"
 
 
-def _rng(state: dict[str, Any] | None) -> ShardedObject:
-    """One state per rank."""
-    return ShardedObject("rng", state, (dist.get_world_size(),), (dist.get_rank(),))
+def _layout(parallel: ParallelConfig) -> dict[str, int]:
+    return {name: getattr(parallel, name) for name in ("tp", "pp", "vpp", "cp", "dp", "ep", "etp")}
+
+
+def _whole(shape: Sequence[int]) -> tuple[slice, ...]:
+    return tuple(slice(0, n) for n in shape)

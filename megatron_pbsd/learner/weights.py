@@ -3,54 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
-from pathlib import Path
 
 import torch
-from safetensors import safe_open
 
+from megatron_pbsd.checkpointing.hf_folder import Source
 from megatron_pbsd.learner.errors import LearnerError
 from megatron_pbsd.models.decoder import initial_value
 from megatron_pbsd.models.errors import ModelError
-from megatron_pbsd.models.parameters import Index, ParameterMap, Piece, local_shape
+from megatron_pbsd.models.parameters import ParameterMap, Piece, local_shape
 from megatron_pbsd.resharding.manifest import WeightsManifest
 from megatron_pbsd.resharding.shared_memory import attach
 
-Source = Callable[[str, Index], torch.Tensor]
-"""(Hugging Face name, index) → that part of the tensor."""
-
-
-def stored(folder: str, shapes: Mapping[str, tuple[int, ...]], ignored: Callable[[str], bool]) -> Source:
-    """Tensors of a folder's safetensors files, read part by part; those that are `ignored` may be there.
-
-    ModelError naming every tensor that is missing, unexpected or of another shape.
-    """
-    files = _files_by_tensor(Path(folder))
-    problems = [f"{name} is missing" for name in shapes if name not in files]
-    problems += [f"{name} is unexpected" for name in files if name not in shapes and not ignored(name)]
-    handles = {file: safe_open(file, framework="pt") for file in sorted(set(files.values()))}
-    for name, shape in shapes.items():
-        if name in files:
-            found = tuple(handles[files[name]].get_slice(name).get_shape())
-            if found != shape:
-                problems.append(f"{name} has shape {found}, config.json implies {shape}")
-    if problems:
-        raise ModelError(f"weights in {folder}: " + "; ".join(problems))
-    return lambda name, index: handles[files[name]].get_slice(name)[index]
-
-
-def _files_by_tensor(folder: Path) -> dict[str, Path]:
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        return {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
-    file = folder / "model.safetensors"
-    if not file.is_file():
-        raise ModelError(f"{folder} has neither model.safetensors nor model.safetensors.index.json; "
-                         "model.initial_weights = 'random' starts without weights")
-    with safe_open(file, framework="pt") as handle:
-        return dict.fromkeys(handle.keys(), file)
+VALUE_HEAD = "value_head."
 
 
 def random(shapes: Mapping[str, tuple[int, ...]], std: float, seed: int) -> Source:
@@ -80,8 +46,7 @@ class Weights:
         self._parts: list[tuple[torch.Tensor, Piece]] = []
         problems = []
         for chunk, expected in zip(chunks, maps, strict=True):
-            held = {name: tensor for name, tensor in (*chunk.named_parameters(), *persistent_buffers(chunk))
-                    if not name.startswith("value_head.")}
+            held = {name: tensor for name, tensor in held_tensors(chunk) if not name.startswith(VALUE_HEAD)}
             shapes = {name: local_shape(parts) for name, parts in expected.items()}
             found = {name: tuple(tensor.shape) for name, tensor in held.items()}
             problems += [f"{name}: map {shapes.get(name)}, model {found.get(name)}"
@@ -125,10 +90,11 @@ class Weights:
             yield piece, held.detach()[piece.local_index], tensor[piece.hf_index]
 
 
-def persistent_buffers(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Buffers that belong to the weights, such as a router's expert bias."""
+def held_tensors(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Parameters, and buffers that belong to the weights, such as a router's expert bias."""
+    yield from module.named_parameters()
     stored = module.state_dict().keys()
-    return ((name, buffer) for name, buffer in module.named_buffers() if name in stored)
+    yield from ((name, buffer) for name, buffer in module.named_buffers() if name in stored)
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:

@@ -5,8 +5,8 @@ Import, export, weight publication and checkpoint conversion all read the same m
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from megatron_pbsd.config import ParallelConfig
 
@@ -111,6 +111,25 @@ def paired(piece: Piece, plain: int) -> list[Piece]:
     spans += [(slice(start + i * half, start + (i + 1) * half), slice(place.start + plain + i, place.stop, 2))
               for i in (0, 1)]
     return [Piece(piece.hf_name, (hf, *columns), (local, *columns), piece.primary) for hf, local in spans]
+
+
+def unpaired(pieces: Sequence[Piece]) -> list[Piece]:
+    """The two halves that `paired` made of rows as one piece, in the order that they have in `local`: what leads from
+    one layout to another, both of which have this order, and not to Hugging Face tensors."""
+    made: list[Piece] = []
+    first: Piece | None = None
+    for piece in pieces:
+        if piece.local_index[0].step in (None, 1):
+            made.append(piece)
+        elif first is None:
+            first = piece
+        else:
+            rows = slice(first.hf_index[0].start, piece.hf_index[0].stop)
+            place = slice(first.local_index[0].start, piece.local_index[0].stop)
+            made.append(replace(
+                piece, hf_index=(rows, *piece.hf_index[1:]), local_index=(place, *piece.local_index[1:])))
+            first = None
+    return made
 
 
 def coordinates(parallel: ParallelConfig, rank: int) -> RankCoordinates:

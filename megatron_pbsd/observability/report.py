@@ -29,6 +29,7 @@ PHASE_ORDER = ("rollout", "train", "log_probs", "weights", "reward", "evaluation
 EDGE_STEPS = 3
 """Trajectories of this many first and last recorded steps stand for 'early' and 'late'."""
 MOST_BARS = 160
+RECOVERED = ("recovered/weights_step", "recovered/optimizer_step")
 
 Recorded = list[RecordedTrajectory]
 
@@ -46,8 +47,8 @@ def write_report(folder: Path) -> Path:
     early = [r for step in early_steps for r in read_trajectories(folder, step)]
     late = [r for step in late_steps for r in read_trajectories(folder, step)]
     periods = [(_period(steps_), found) for steps_, found in ((early_steps, early), (late_steps, late)) if found]
-    sections = [_header(config), _tiles(rows, config), _learning(rows), _statistics(rows), _time(rows),
-                _lengths(periods), _samples(periods),
+    sections = [_header(config), _recovered(rows), _tiles(rows, config), _learning(rows), _statistics(rows),
+                _time(rows), _lengths(periods), _samples(periods),
                 f'<details class="card" id="config"><summary>Configuration</summary><pre>{_text(text)}</pre></details>']
     assets = Path(__file__).parent
     page = (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -72,6 +73,14 @@ def _header(config: RunConfig) -> str:
     if config.algorithm.name != "sft":
         parts.insert(3, f"{config.rollout.prompts_per_step} prompts × {config.rollout.group_size} trajectories")
     return f'<h1>{_text(config.name)}</h1><p class="lead">{" · ".join(map(_text, parts))}</p>'
+
+
+def _recovered(rows: Sequence[Row]) -> str:
+    """Steps that began with weights newer than the optimizer's state, because the learner had been lost."""
+    weights, optimizer = RECOVERED
+    notes = [f"Before step {row['step']}: weights of step {row[weights]:.0f} recovered from the engines, optimizer "
+             f"state of step {row[optimizer]:.0f}." for row in rows if weights in row]
+    return "".join(f'<p class="note">{note}</p>' for note in notes)
 
 
 def _tiles(rows: Sequence[Row], config: RunConfig) -> str:
@@ -112,7 +121,7 @@ def _learning(rows: Sequence[Row]) -> str:
 
 def _statistics(rows: Sequence[Row]) -> str:
     """Every other metric as a small chart."""
-    shown = {"step", REWARD, EXACT_MATCH, TOKENS_PER_S}
+    shown = {"step", REWARD, EXACT_MATCH, TOKENS_PER_S, *RECOVERED}
     keys = [k for k in dict.fromkeys(k for row in rows for k in row) if k not in shown and not k.startswith("time/")]
     cards = []
     for key in sorted(keys, key=_group_order):

@@ -125,15 +125,6 @@ def _on_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -
     return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
 
-def _set_shards(optimizer: Any, model_param: torch.nn.Parameter, tensors: dict[str, torch.Tensor]) -> None:
-    """DistributedOptimizer's own looks for torch Adam's `step` among the stored tensors."""
-    group, order = optimizer.model_param_group_index_map[model_param]
-    main = optimizer.optimizer.param_groups[group]["params"][order]
-    held = {"param": main, **optimizer.optimizer.state[main]}
-    for name, tensor in tensors.items():
-        held[name].copy_(tensor)
-
-
 _UNEVEN = {"_gather_along_first_dim": gather_uneven, "_reduce_scatter_along_first_dim": reduce_scatter_uneven}
 
 
@@ -163,7 +154,6 @@ class Cpu:
             raise PlatformError(f"megatron-core {installed} is installed; the CPU platform needs {MEGATRON_VERSION}")
         from megatron.core.extensions.transformer_engine import HAVE_TE
         from megatron.core.models.common.embeddings import rope_utils
-        from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
         from megatron.core.tensor_parallel import mappings, random
         from megatron.core.transformer import multi_latent_attention
         from megatron.core.transformer.moe import moe_utils, token_dispatcher
@@ -176,7 +166,6 @@ class Cpu:
             (random, {"_get_cuda_rng_state": _CUDA_STAND_INS["get_rng_state"], "_set_cuda_rng_state": _set_rng_state}),
             (token_dispatcher, {"maybe_move_tensor_to_cpu": _on_host}),
             (rope_utils, {"_apply_rotary_pos_emb_thd": rotate_packed}),
-            (DistributedOptimizer, {"_set_main_param_and_optimizer_states": _set_shards}),
         ):
             require_symbols(owner, tuple(replaced))
             for name, stand_in in replaced.items():

@@ -221,4 +221,10 @@ def layer_specs(config: TransformerConfig, vp_stage: int | None) -> TransformerB
             attention.q_layernorm = attention.kv_layernorm = RMSNorm
         elif attention.q_layernorm is not IdentityOp:
             attention.q_layernorm = attention.k_layernorm = RMSNorm
+        if hasattr(layer.submodules.mlp.submodules, "router"):
+            # Core's local specs name the norm before experts in checkpoints as if these had taken it in, as dense MLPs
+            # do; Transformer Engine's specs do not, and checkpoints are to be the same.
+            names = layer.submodules.sharded_state_dict_keys_map
+            layer.submodules.sharded_state_dict_keys_map = {
+                old: new for old, new in names.items() if old != "pre_mlp_layernorm."}
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)

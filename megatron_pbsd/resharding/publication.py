@@ -10,7 +10,10 @@ Each publication is checked three times, from cheap and exact to complete:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -43,8 +46,22 @@ class Target(Protocol):
     names: Sequence[str]
 
     def update_weights(self, manifest: WeightsManifest, version: int) -> None: ...
+    def write_weights(self, manifest: WeightsManifest, engine: int) -> None: ...
     def checksums(self) -> list[dict[str, str]]: ...
     def score(self, sequences: Sequence[Sequence[int]]) -> list[list[np.ndarray]]: ...
+
+
+@dataclass(frozen=True)
+class Published:
+    """Weights that every engine has. checksums: by tensor."""
+
+    version: int
+    checksums: Mapping[str, str]
+
+    @property
+    def digest(self) -> str:
+        """Of all of them."""
+        return hashlib.blake2b(json.dumps(self.checksums, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 class Publisher:
@@ -60,6 +77,8 @@ class Publisher:
         tensors = source.tensors()
         self._segment = Segment(layout("", tensors).nbytes)
         self._manifest = layout(self._segment.name, tensors)
+        self.published: Published | None = None
+        """What was last published, and proved."""
 
     def publish(self, version: int) -> dict[str, float]:
         """Move the newest weights to every engine as `version`. Metrics: weights/probe_max_abs (nats), weights/bytes.
@@ -70,11 +89,27 @@ class Publisher:
         if differing := self._source.differing(self._manifest):
             raise PublicationError(f"version {version}: learner ranks disagree with what was published of {differing}")
         self._target.update_weights(self._manifest, version)
-        published = {name: checksum(tensor) for name, tensor in attach(self._manifest).items()}
+        checksums = {name: checksum(tensor) for name, tensor in attach(self._manifest).items()}
         for engine, held in zip(self._target.names, self._target.checksums(), strict=True):
-            if wrong := [name for name, value in published.items() if held.get(name) != value]:
+            if wrong := [name for name, value in checksums.items() if held.get(name) != value]:
                 raise PublicationError(f"version {version}: {engine} holds other bytes than the learner in {wrong}")
-        return {"weights/probe_max_abs": self._compare(version), "weights/bytes": float(self._manifest.nbytes)}
+        worst = self._compare(version)
+        self.published = Published(version, checksums)
+        return {"weights/probe_max_abs": worst, "weights/bytes": float(self._manifest.nbytes)}
+
+    def copies(self) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+        """Where weights are when the learner is lost, and they, one after the other in the same memory: what is left in
+        the segment, and what each engine that answers has, which it writes there.
+
+        To be compared with `published`: the learner may have been publishing, or may still be.
+        """
+        yield "the segment", attach(self._manifest)
+        for number, name in enumerate(self._target.names):
+            try:
+                self._target.write_weights(self._manifest, number)
+            except PbsdError:
+                continue
+            yield name, attach(self._manifest)
 
     def _compare(self, version: int) -> float:
         expected = self._source.log_probs(Batch({"tokens": [np.array(tokens) for tokens in self._probe]}))
@@ -94,10 +129,6 @@ class Publisher:
     def nbytes(self) -> int:
         """Size of the published weights."""
         return self._manifest.nbytes
-
-    def published(self) -> dict[str, torch.Tensor]:
-        """The weights of the last publication, as views into the segment."""
-        return attach(self._manifest)
 
     def close(self) -> None:
         self._segment.close()

@@ -46,7 +46,8 @@ class Progress:
 
 @dataclass(frozen=True)
 class CollectStatistics:
-    """engine_idle_share: part of the engines' wall time in which they computed nothing, 0 … 1."""
+    """engine_idle_share: part of the engines' wall time in which they computed nothing, 0 … 1.
+    taken_up, taken_up_tokens: of the trajectories and generated tokens, those that were there before."""
 
     trajectories: int
     turns: int
@@ -55,10 +56,12 @@ class CollectStatistics:
     cached_tokens: int
     wall_seconds: float
     engine_idle_share: float
+    taken_up: int = 0
+    taken_up_tokens: int = 0
 
     @property
     def tokens_per_second(self) -> float:
-        return self.generated_tokens / self.wall_seconds
+        return (self.generated_tokens - self.taken_up_tokens) / self.wall_seconds
 
 
 class Coordinator:
@@ -96,27 +99,33 @@ class Coordinator:
         temperature: float,
         sink: str | Path | None = None,
         routed_experts: bool = False,
+        finished: Sequence[Trajectory] = (),
     ) -> list[Group]:
         """Groups in the order of `requests`, samples in order, whatever the order they finish in.
 
         Trajectory ids, the keys of sampling, are `{step}/{group_id}/{sample}`. Each trajectory is appended to `sink` as
         soon as it is finished. `routed_experts`: keep which experts read each token, if the model has any.
+        `finished`: trajectories of such a call that did not end; those that are asked for again are not generated
+        again. That is the same rollout only if sampling depends on nothing but seed and trajectory id.
         ComponentDied when an engine dies, DeadlineExpired when one has finished no chunk within `rollout.deadline_s`;
         the engines are then in an unknown state. RolloutError when a prompt is too long.
         """
         began, before = time.monotonic(), self._engine_statistics()
-        episodes = {
-            request.group_id: [
-                Episode(start, self._config)
-                for start in self._starts(request, step, seed, temperature, routed_experts)
-            ] for request in requests}
-        if len(episodes) < len(requests):
+        starts = {request.group_id: self._starts(request, step, seed, temperature, routed_experts)
+                  for request in requests}
+        if len(starts) < len(requests):
             ids = [request.group_id for request in requests]
             raise RolloutError(f"group ids must differ; repeated are {sorted({i for i in ids if ids.count(i) > 1})}")
+        done = _asked_again(finished, [start for group in starts.values() for start in group])
+        episodes = {start.trajectory_id: Episode(start, self._config)
+                    for group in starts.values() for start in group if start.trajectory_id not in done}
         with TrajectorySink(sink) as kept:
-            self._run([episode for group in episodes.values() for episode in group], kept)
-        groups = [Group(group_id, tuple(e.trajectory() for e in group)) for group_id, group in episodes.items()]
-        self._statistics = summarised(groups, before, self._engine_statistics(), time.monotonic() - began)
+            self._run(list(episodes.values()), kept, len(done))
+        made = done | {name: episode.trajectory() for name, episode in episodes.items()}
+        groups = [Group(group_id, tuple(made[start.trajectory_id] for start in group))
+                  for group_id, group in starts.items()]
+        self._statistics = summarised(
+            groups, list(done.values()), before, self._engine_statistics(), time.monotonic() - began)
         return groups
 
     def _starts(
@@ -130,9 +139,11 @@ class Coordinator:
                          seed, temperature, tuple(environment.stop_token_ids), routed_experts)
             for sample in range(request.samples)]
 
-    def _run(self, episodes: Sequence[Episode], sink: TrajectorySink) -> None:
+    def _run(self, episodes: Sequence[Episode], sink: TrajectorySink, done: int) -> None:
+        """done: how many further trajectories need no running."""
         pool = Pool(self._engines, self._client, self._config, self._policy)
-        self._progress = Progress(0, len(episodes), 0)
+        total = len(episodes) + done
+        self._progress = Progress(done, total, 0)
         running = {episode.request_id: episode for episode in episodes}
         for episode in episodes:
             pool.submit(episode)
@@ -147,12 +158,20 @@ class Coordinator:
                 else:
                     pool.submit(episode)
                 self._progress = Progress(
-                    len(episodes) - len(running), len(episodes), self._progress.tokens + len(result.tokens))
+                    total - len(running), total, self._progress.tokens + len(result.tokens))
         pool.release()
 
     def _engine_statistics(self) -> list[EngineStatistics]:
         return gather(self._client, [handle.call("statistics") for handle in self._engines.values()],
                       phase="rollout.statistics", deadline_s=self._config.deadline_s)
+
+
+def _asked_again(finished: Sequence[Trajectory], starts: Sequence[EpisodeStart]) -> dict[str, Trajectory]:
+    """By id, those of `finished` that begin as one of `starts` does."""
+    by_id = {start.trajectory_id: start for start in starts}
+    return {t.trajectory_id: t for t in finished
+            if (start := by_id.get(t.trajectory_id)) is not None and start.task.task_id == t.task_id
+            and (start.prompt, start.privileged_prompt) == (t.prompt, t.privileged_prompt)}
 
 
 def build_coordinator(engines: Sequence[Handle], config: RunConfig, client: Client) -> Coordinator:
@@ -220,6 +239,7 @@ class Pool:
 
 def summarised(
     groups: Sequence[Group],
+    taken_up: Sequence[Trajectory],
     before: Sequence[EngineStatistics],
     after: Sequence[EngineStatistics],
     wall_seconds: float,
@@ -236,4 +256,6 @@ def summarised(
         cached_tokens=int(total("cached_tokens")),
         wall_seconds=wall_seconds,
         engine_idle_share=max(0.0, 1.0 - total("busy_seconds") / (wall_seconds * len(after))),
+        taken_up=len(taken_up),
+        taken_up_tokens=sum(t.generated for t in taken_up),
     )

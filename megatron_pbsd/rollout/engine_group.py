@@ -34,6 +34,10 @@ class EngineGroup(Group):
     def update_weights(self, manifest: WeightsManifest, version: int) -> None:
         self.call("update_weights", manifest, version)
 
+    def write_weights(self, manifest: WeightsManifest, engine: int) -> None:
+        """By this engine alone, whatever has become of the others."""
+        self._gather("write_weights", [self.handles[engine].call("write_weights", manifest)])
+
     def checksums(self) -> list[dict[str, str]]:
         return self.call("checksums")
 

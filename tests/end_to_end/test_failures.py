@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
+import time
 
 import pytest
 from pbsd_process import INLINE, SMALL, none_left
+from safetensors.torch import load_file
+from small_disk import small_disk
+
+from megatron_pbsd.resharding.manifest import checksum
+from megatron_pbsd.resharding.publication import Published
 
 
 @pytest.mark.slow
@@ -23,6 +30,7 @@ def test_a_component_that_dies_is_named_and_finished_trajectories_stay(pbsd, vic
     assert f"{victim} died" in errors and "Traceback" not in errors
     assert none_left(family)
     done = max(row["step"] for row in run.rows())
+    assert f"the weights of step {done}, which the learner has lost, were recovered from the engines" in errors
     kept = sorted(path.name for path in (run.folder / "trajectories").glob("*.jsonl"))
     assert f"step_{done:06d}.jsonl" in kept
     for path in (run.folder / "trajectories").glob("*.jsonl"):
@@ -36,22 +44,90 @@ def test_a_component_that_dies_is_named_and_finished_trajectories_stay(pbsd, vic
 
 
 @pytest.mark.slow
+def test_weights_that_a_learner_lost_are_gone_on_from(pbsd):
+    """A rank is killed between checkpoints. The next run has the weights that the engines had, bit for bit, and takes
+    up the trajectories that they had made with them; or, if these are damaged, begins from the checkpoint."""
+    options = (*SMALL, "--checkpoint.every", "3")
+    run = pbsd("lost", *options, "--steps", "1000")
+    run.wait_for_step(4)
+    _, finished = wait_for_rollout_after(run, lambda: max(row["step"] for row in run.rows()))
+    run.component("learner-1").kill()
+    code, errors = run.finish()
+    assert code == 1 and "learner-1 died" in errors and "Traceback" not in errors
+    done = max(row["step"] for row in run.rows())
+    saved = done // 3 * 3
+    assert done % 3, "killed right after a checkpoint: nothing to recover"
+    assert f"the weights of step {done}, " in errors and f"with the optimizer state of step_{saved}" in errors
+
+    recovered = load_file(run.folder / "checkpoints" / "recovered" / "model.safetensors")
+    held = Published(done, {name: checksum(tensor) for name, tensor in sorted(recovered.items())})
+    origin = json.loads((run.folder / "trajectories" / f"step_{done + 1:06d}.unscored.origin").read_text())
+    assert origin["weights"] == held.digest
+
+    spoilt = shutil.copytree(run.folder, run.folder.with_name("spoilt"))
+    weights = spoilt / "checkpoints" / "recovered" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    code, errors = pbsd("spoilt", *options, "--steps", str(done + 2), "--resume").finish()
+    assert code == 1 and f"Go on without them with --resume step_{saved}" in errors
+    assert re.search(r"recovered/model.safetensors is damaged: .* in model\.\S+\.weight\.", errors)
+    rows = pbsd("spoilt", *options, "--steps", str(saved + 1), "--resume", f"step_{saved}").succeed()
+    assert [row["step"] for row in rows] == list(range(saved + 2))
+
+    resumed = pbsd("lost", *options, "--steps", str(done + 2), "--resume")
+    code, errors = resumed.finish()
+    assert code == 0, errors
+    assert f"recovered weights of step {done} from the engines; optimizer state of step {saved}" in errors
+    rows = resumed.rows()
+    assert [row["step"] for row in rows] == list(range(done + 3))
+    first = rows[done + 1]
+    assert (first["recovered/weights_step"], first["recovered/optimizer_step"]) == (done, saved)
+    assert first["rollout/taken_up"] >= finished > 0
+    assert not [row for row in rows if "recovered/weights_step" in row and row is not first]
+    assert f"weights of step {done} recovered" in (run.folder / "report.html").read_text()
+    assert not (run.folder / "checkpoints" / "recovered").exists()
+
+
+@pytest.mark.slow
 def test_a_killed_driver_leaves_nothing_behind_and_resumes_to_the_same_losses(pbsd):
-    """SIGKILL after a checkpoint; the resumed run repeats what an uninterrupted one does."""
-    options = (*SMALL, "--steps", "5", "--checkpoint.every", "2")
+    """SIGKILL in a rollout after a checkpoint; the resumed run repeats what an uninterrupted one does, and does not
+    generate again what had been finished."""
+    options = (*SMALL, "--steps", "5", "--checkpoint.every", "1")
     whole = pbsd("whole", *options).succeed()
     run = pbsd("killed", *options)
-    run.wait_for_step(3)
+    run.wait_for_step(1)
+    step, finished = wait_for_rollout_after(run, lambda: newest_checkpoint(run))
     family = run.family()
     run.process.kill()
     run.process.communicate()
     assert none_left(family)
     resumed = pbsd("killed", *options, "--resume").succeed()
+    assert resumed[step]["rollout/taken_up"] >= finished > 0
+    assert not any(row["rollout/taken_up"] for row in (*whole[1:], *resumed[1:step], *resumed[step + 1 :]))
     assert [row["step"] for row in resumed] == [row["step"] for row in whole]
     for ours, theirs in zip(resumed[1:], whole[1:], strict=True):
         for key in ("reward/mean", "loss/total", "grad_norm", "lr", "credit/evidence_per_token", "rollout/tokens"):
             # Bit for bit where a matrix product's bits do not depend on the batch; to rounding elsewhere.
             assert ours[key] == pytest.approx(theirs[key], rel=1e-4, abs=1e-6), (ours["step"], key)
+
+
+def newest_checkpoint(run):
+    latest = run.folder / "checkpoints" / "latest"
+    return int(latest.read_text().removeprefix("step_")) if latest.exists() else -1
+
+
+def wait_for_rollout_after(run, done):
+    """(step, trajectories that it has finished) of a rollout with the weights of step `done()`."""
+    while run.process.poll() is None:
+        step = done() + 1
+        unscored = run.folder / "trajectories" / f"step_{step:06d}.unscored.jsonl"
+        try:
+            if finished := unscored.read_text().count("\n"):
+                return step, finished
+        except FileNotFoundError:
+            time.sleep(0.02)
+    raise AssertionError(run.process.communicate()[1])
 
 
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -68,37 +144,34 @@ def test_an_interrupted_run_stops_cleanly(pbsd, sent, code):
     assert none_left(family)
 
 
-def test_a_corrupt_checkpoint_is_named(pbsd):
-    options = (*SMALL, *INLINE, "--steps", "1")
-    run = pbsd("corrupt", *options)
+def test_a_corrupt_checkpoint_is_named_with_the_one_to_go_on_from(pbsd):
+    options = (*SMALL, *INLINE, "--checkpoint.every", "1")
+    run = pbsd("corrupt", *options, "--steps", "2")
     run.succeed()
-    damaged = max((run.folder / "checkpoints").rglob("*.distcp"), key=lambda path: path.stat().st_size)
+    damaged = max((run.folder / "checkpoints" / "step_2").rglob("*.distcp"), key=lambda path: path.stat().st_size)
     content = bytearray(damaged.read_bytes())
     content[len(content) // 2] ^= 1
     damaged.write_bytes(content)
-    code, errors = pbsd("corrupt", *options, "--steps", "2", "--resume").finish()
+    code, errors = pbsd("corrupt", *options, "--steps", "3", "--resume").finish()
     assert code == 1
     assert damaged.name in errors and "Traceback" not in errors
+    assert re.search(r", in \S+\. The next older checkpoint is good: go on from it with --resume step_1\n", errors)
+    code, errors = pbsd("corrupt", *options, "--steps", "3", "--resume", "step_1", "--seed", "2").finish()
+    assert code == 2 and "seed = 2, the checkpoint was made with 1" in errors
+    rows = pbsd("corrupt", *options, "--steps", "3", "--resume", "step_1").succeed()
+    assert [row["step"] for row in rows] == [0, 1, 2, 3]
 
 
 def test_a_full_disk_at_checkpoint_time_is_said(pbsd, tmp_path_factory):
     """More is asked for than the disk has: the run ends before it writes, and keeps its trajectories."""
-    import ctypes
-
-    libc = ctypes.CDLL(None, use_errno=True)
     disk = tmp_path_factory.mktemp("disk").resolve()
-    if libc.mount(b"tmpfs", str(disk).encode(), b"tmpfs", 0, b"size=6m"):
-        pytest.skip(f"mounting a small disk needs privileges: {os.strerror(ctypes.get_errno())}")
-    try:
+    with small_disk(disk, "6m"):
         run = pbsd("full", *SMALL, *INLINE, "--steps", "1", "--runs", str(disk))
         code, errors = run.finish()
         assert code == 1
         assert "checkpoint" in errors and "free" in errors and "Traceback" not in errors
         assert (disk / "full" / "trajectories" / "step_000001.jsonl").exists()
         assert not list((disk / "full" / "checkpoints").glob("step_*"))
-    finally:
-        libc.umount(str(disk).encode())
-        shutil.rmtree(disk, ignore_errors=True)
 
 
 @pytest.mark.parametrize(("options", "parts"), [

@@ -42,7 +42,7 @@ def run(tmp_path_factory):
 
 def test_overrides_are_told_from_the_command_line():
     assert split_overrides(["train", "--steps", "3", "run.yaml", "--resume", "--a.b=-1", "--c", "-2"]) == (
-        ["train", "run.yaml", "--resume"], ["--steps", "3", "--a.b=-1", "--c", "-2"])
+        ["train", "run.yaml", "--resume=latest"], ["--steps", "3", "--a.b=-1", "--c", "-2"])
     assert split_overrides(["bench", "quickstart", "--json", "--steps", "3"]) == (
         ["bench", "quickstart", "--json"], ["--steps", "3"])
     assert split_overrides(["report", "runs/x", "--steps", "3"])[1] == []
@@ -53,7 +53,20 @@ def test_train_hands_over_the_resolved_configuration(config_file, train_with, tm
     train_with(lambda config, resume: calls.append((config, resume)))
     assert main(["train", config_file, "--steps", "5", "--resume", "--rollout.slots=9"]) == 0
     (config, resume), = calls
-    assert (config.steps, config.rollout.slots, resume) == (5, 9, True)
+    assert (config.steps, config.rollout.slots, resume) == (5, 9, "latest")
+
+
+@pytest.mark.parametrize(("arguments", "chosen"), [
+    (["run.yaml"], None), (["run.yaml", "--resume"], "latest"), (["--resume", "run.yaml"], "latest"),
+    (["run.yaml", "--resume", "step_40"], "step_40"), (["--resume", "40", "run.yaml"], "step_40"),
+    (["run.yaml", "--resume=best"], "best"), (["run.yaml", "--resume", "--steps", "4"], "latest"),
+    (["run.yaml", "--resume", "stpe_40"], "stpe_40"),
+])
+def test_a_checkpoint_to_resume_from_may_follow(config_file, train_with, arguments, chosen):
+    calls = []
+    train_with(lambda config, resume: calls.append(resume))
+    assert main(["train", *arguments]) == 0
+    assert calls == [chosen]
 
 
 def test_wrong_configuration_is_exit_2_with_one_message(config_file, capsys):

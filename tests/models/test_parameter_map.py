@@ -11,7 +11,7 @@ from tiny_models import TINY, tiny_config
 
 from megatron_pbsd.config import LearnerConfig, ParallelConfig
 from megatron_pbsd.models import ModelError, family, layout_problems
-from megatron_pbsd.models.parameters import coordinates, local_shape, stage_layers
+from megatron_pbsd.models.parameters import Piece, coordinates, local_shape, paired, stage_layers, unpaired
 
 
 @st.composite
@@ -287,3 +287,19 @@ def test_keys_that_a_model_cannot_heed_are_named(model, changes, words):
     assert re.search(words, problem), problem
     assert not family(tiny_config("glm4_moe")).learner_problems(tiny_config("glm4_moe"), LearnerConfig.model_validate(
         {"moe": {"routing_replay": True, "aux_loss_coefficient": 0.1, "expert_bias_update_rate": 0.001}}))
+
+
+def test_halves_that_alternate_are_one_piece_between_layouts():
+    name, rows = "q", 24
+    indices = [(slice(start, start + 8), slice(0, 2)) for start in range(0, rows, 8)]
+    heads = [Piece(name, index, index, primary=True) for index in indices]
+    for plain in (0, 2):
+        parts = [part for head in heads for part in paired(head, plain)]
+        joined = unpaired(parts)
+        assert len(parts) == 3 * (2 + bool(plain)) and len(joined) == 3 * (1 + bool(plain))
+        held = np.full((rows, 2), -1)
+        for part in joined:
+            assert part.hf_index == part.local_index, "heads lie in both as they do here"
+            held[part.local_index] += 1
+        assert (held == 0).all()
+    assert unpaired(heads) == heads

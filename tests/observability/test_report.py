@@ -84,6 +84,16 @@ def test_report_of_a_run_without_trajectories_or_evaluations(tmp_path):
     assert "Statistics" in page and "Trajectories" not in page and "Learning" not in page
 
 
+def test_recovered_weights_are_told_and_no_chart(tmp_path):
+    folder = tmp_path / "recovered"
+    with Recorder(folder, run_config().observability, run_config(), 0) as recorder:
+        recorder.log(4, {"loss/total": 1.0})
+        recorder.log(5, {"loss/total": 1.0, "recovered/weights_step": 4.0, "recovered/optimizer_step": 3.0})
+    page = (folder / "report.html").read_text()
+    assert "Before step 5: weights of step 4 recovered from the engines, optimizer state of step 3." in page
+    assert page.count("recovered") == 1 and 'class="of">loss' in page
+
+
 def test_a_run_without_steps_has_no_report_yet(tmp_path):
     config = run_config(runs=str(tmp_path), observability={"progress": False})
     recorder = Recorder(config.folder, config.observability, config, 0)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from megatron_pbsd.errors import PbsdError
 from megatron_pbsd.resharding import shared_memory
 from megatron_pbsd.resharding.manifest import checksum, layout
 from megatron_pbsd.resharding.publication import PublicationError, Publisher
@@ -61,6 +62,9 @@ class Engines:
             engine.update_weights(manifest, version)
             self._after_update(engine)
 
+    def write_weights(self, manifest, engine):
+        self._engines[engine].write_weights(manifest)
+
     def checksums(self):
         return [engine.checksums() for engine in self._engines]
 
@@ -93,16 +97,21 @@ def engines(folder):
 
 
 @pytest.fixture
-def publish(source):
+def publisher(source):
     made = []
 
     def start(target, tolerance=1e-4):
         made.append(Publisher(source, target, PROBE, tolerance))
-        return made[-1].publish
+        return made[-1]
 
     yield start
     for publisher in made:
         publisher.close()
+
+
+@pytest.fixture
+def publish(publisher):
+    return lambda *arguments: publisher(*arguments).publish
 
 
 def test_every_engine_computes_with_the_new_weights(publish, source, engines):
@@ -140,6 +149,30 @@ def test_nan_in_the_log_probs_is_a_mismatch(publish, source, engines):
         source.model.model.norm.weight[0] = torch.nan
     with pytest.raises(PublicationError, match="differ"):
         publish(Engines(*engines))(1)
+
+
+def test_the_engines_give_back_what_the_learner_has_begun_to_overwrite(publisher, source, engines):
+    class Dies(PbsdError):
+        """What a learner does in the middle of a publication."""
+
+    def publish_half(manifest):
+        for target in list(attach(manifest).values())[::2]:
+            target.fill_(7.0)
+        raise Dies
+
+    publishing = publisher(Engines(*engines))
+    assert publishing.published is None
+    publishing.publish(4)
+    assert publishing.published.version == 4
+    expected = {name: checksum(p) for name, p in source.weights().items()}
+    assert publishing.published.checksums == expected
+    source.publish = publish_half
+    with pytest.raises(Dies):
+        publishing.publish(5)
+    engines[0]._parameters.pop(VICTIM)
+    right = {where: {name: checksum(t) for name, t in tensors.items()} == expected
+             for where, tensors in publishing.copies()}
+    assert right == {"the segment": False, "engine-1": True}
 
 
 def test_segments_of_dead_owners_are_removed(monkeypatch, tmp_path):

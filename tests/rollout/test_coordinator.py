@@ -136,3 +136,23 @@ def test_group_ids_must_differ(runtime):
     coordinator = Coordinator(engines(runtime, 1), EchoEnvironment(), LIMITS, runtime.client)
     with pytest.raises(RolloutError, match=r"repeated are \['g0'\]"):
         coordinator.collect(requests(1, 1) * 2, step=1, seed=5, temperature=1.0)
+
+
+def test_what_was_finished_before_is_not_generated_again(runtime, tmp_path):
+    asked, sink = requests(4, 3), tmp_path / "sink.jsonl"
+    handles = engines(runtime, 2)
+    coordinator = Coordinator(handles, EchoEnvironment(), LIMITS, runtime.client)
+    whole = [t for group in wanted(asked) for t in group]
+    stranger = replace(whole[5], prompt=(9, *whole[5].prompt))
+    groups = coordinator.collect(
+        asked, step=1, seed=5, temperature=1.0, sink=sink, finished=[*whole[:5], stranger, *wanted(asked, step=2)[0]])
+    assert collected(groups) == wanted(asked)
+    assert {t.trajectory_id for t in read_trajectories(sink)} == {t.trajectory_id for t in whole[5:]}
+    statistics, generated = coordinator.statistics(), sum(t.generated for t in whole[5:])
+    assert (statistics.taken_up, statistics.trajectories) == (5, 12)
+    assert sum(runtime.result(handle.call("statistics")).generated_tokens for handle in handles) == generated
+    assert statistics.tokens_per_second == pytest.approx(generated / statistics.wall_seconds)
+    assert coordinator.progress().finished == coordinator.progress().total == 12
+    # All of it may have been finished.
+    assert collected(coordinator.collect(asked, step=1, seed=5, temperature=1.0, finished=whole)) == wanted(asked)
+    assert coordinator.statistics().tokens_per_second == 0

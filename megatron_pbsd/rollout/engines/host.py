@@ -31,6 +31,9 @@ class EngineHost:
     def update_weights(self, manifest: WeightsManifest, version: int) -> None:
         self._engine.update_weights(manifest, version)
 
+    def write_weights(self, manifest: WeightsManifest) -> None:
+        self._engine.write_weights(manifest)
+
     def checksums(self) -> dict[str, str]:
         return self._engine.checksums()
 

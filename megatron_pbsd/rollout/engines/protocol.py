@@ -101,6 +101,9 @@ class Engine(Protocol):
         EngineError naming the tensor when one is missing, unexpected, or of another shape or dtype.
         """
 
+    def write_weights(self, manifest: WeightsManifest) -> None:
+        """Copy every parameter to its tensor of the manifest: the reverse of `update_weights`, with the same errors."""
+
     def checksums(self) -> dict[str, str]:
         """HF tensor name → checksum of the bytes the engine computes with (resharding.manifest.checksum)."""
 

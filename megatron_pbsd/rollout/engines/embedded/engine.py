@@ -14,7 +14,7 @@ from megatron_pbsd.rollout.engines.embedded.kv_cache import SlotCache, SlotTable
 from megatron_pbsd.rollout.engines.embedded.model import PackedModel
 from megatron_pbsd.rollout.engines.embedded.sampling import sample, uniforms
 from megatron_pbsd.rollout.engines.embedded.sequence import Sequence
-from megatron_pbsd.rollout.engines.embedded.weights import checkpoint_views, copy_published
+from megatron_pbsd.rollout.engines.embedded.weights import checkpoint_views, copy_held, copy_published
 from megatron_pbsd.rollout.engines.protocol import Chunk, ChunkResult, EngineError, EngineStatistics
 from megatron_pbsd.trajectory import FinishReason
 
@@ -176,6 +176,13 @@ class EmbeddedEngine:
             raise EngineError(f"engine {self.name!r}: weights version {version}: {error}") from error
         self._version = version
         self._forget_kv()
+
+    def write_weights(self, manifest: WeightsManifest) -> None:
+        try:
+            with torch.inference_mode():
+                copy_held(self._parameters, manifest)
+        except ValueError as error:
+            raise EngineError(f"engine {self.name!r}: {error}") from error
 
     def checksums(self) -> dict[str, str]:
         return {name: checksum(tensor) for name, tensor in self._parameters.items()}

@@ -89,3 +89,10 @@ def copy_published(manifest: WeightsManifest, parameters: Mapping[str, torch.Ten
     check_manifest(manifest, parameters)
     for name, tensor in attach(manifest).items():
         parameters[name].copy_(tensor)
+
+
+def copy_held(parameters: Mapping[str, torch.Tensor], manifest: WeightsManifest) -> None:
+    """Copy the parameters into the segment. ValueError as from `copy_published`."""
+    check_manifest(manifest, parameters)
+    for name, tensor in attach(manifest).items():
+        tensor.copy_(parameters[name])

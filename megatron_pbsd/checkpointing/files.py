@@ -1,0 +1,109 @@
+"""Files of checkpoints: written once from beginning to end, mapped to be read, synced to disk."""
+
+from __future__ import annotations
+
+import ctypes
+import io
+import mmap
+import os
+from collections.abc import Sequence
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+
+NO_RESERVE = 0x4000
+"""Linux' MAP_NORESERVE, which `mmap` does not name: a private mapping may be larger than the memory."""
+
+SYNC_FILE_RANGE_WRITE = 2
+"""Linux' flag: begin to write these bytes to disk, and return."""
+AHEAD = 32 << 20
+"""Bytes."""
+PIECE = 256 << 10
+"""Bytes that are written at a time: what is hashed is still in the processor's cache, and the page cache finds room for
+it more easily than for more at once."""
+
+
+class HashedFile(io.RawIOBase):
+    """A new file that is written from its beginning to its end."""
+
+    def __init__(self, path: Path):
+        super().__init__()
+        self._file, self._hash = path.open("xb", buffering=1 << 20), xxhash.xxh3_128()
+        self._at = self._begun = 0
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        with memoryview(data) as view, view.cast("B") as elements:
+            for start in range(0, len(elements), PIECE):
+                with elements[start : start + PIECE] as piece:
+                    self._hash.update(piece)
+                    self._at += self._file.write(piece)
+                if self._at - self._begun >= AHEAD:
+                    self._begin_to_sync()
+            return len(elements)
+
+    def tell(self) -> int:
+        return self._at
+
+    def _begin_to_sync(self) -> None:
+        """The disk works while more is made; a hint, of which nothing depends."""
+        begin = getattr(ctypes.CDLL(None), "sync_file_range", None)
+        if begin is not None:
+            begin(self._file.fileno(), ctypes.c_int64(self._begun), ctypes.c_int64(self._at - self._begun),
+                  ctypes.c_uint(SYNC_FILE_RANGE_WRITE))
+        self._begun = self._at
+
+    def close_synced(self) -> str:
+        """xxh3_128 of all that was written, in hex."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self.close()
+        return self._hash.hexdigest()
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+class MappedFile:
+    """A file whose pages are read as they are touched. OSError or ValueError when it is missing or empty."""
+
+    def __init__(self, path: Path):
+        with path.open("rb") as opened:
+            self.data = mmap.mmap(opened.fileno(), 0, flags=mmap.MAP_PRIVATE | NO_RESERVE,
+                                  prot=mmap.PROT_READ | mmap.PROT_WRITE)
+
+    def tensor(self, dtype: torch.dtype, shape: Sequence[int], start: int) -> torch.Tensor:
+        """The bytes from `start` on as elements; a view that is not to be written to."""
+        count = prod(shape)
+        if not count:
+            return torch.empty(tuple(shape), dtype=dtype)
+        flat = torch.frombuffer(self.data, dtype=torch.uint8, count=count * dtype.itemsize, offset=start)
+        if start % dtype.itemsize:
+            flat = flat.clone()  # torch reads elements at multiples of their size only
+        return flat.view(dtype).view(tuple(shape))
+
+    def release(self) -> None:
+        """Give the pages back to the page cache; they come again when they are touched."""
+        self.data.madvise(mmap.MADV_DONTNEED)
+
+
+def write_synced(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync(path: Path) -> None:
+    """A file, or the entries of a folder, are on disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

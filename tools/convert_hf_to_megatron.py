@@ -1,0 +1,8 @@
+"""`pbsd convert hf-to-megatron`, as a script."""
+
+import sys
+
+from launcher.convert import command_line
+
+if __name__ == "__main__":
+    sys.exit(command_line("hf-to-megatron"))

@@ -1,0 +1,8 @@
+"""`pbsd convert inspect`, as a script."""
+
+import sys
+
+from launcher.convert import command_line
+
+if __name__ == "__main__":
+    sys.exit(command_line("inspect"))
