@@ -3,9 +3,11 @@
 Two models with random bits for weights: `small`, the sizes of SmolLM2-135M, and `moe`, a mixture of experts of more
 than 4 GB; both bfloat16. Everything is synced to disk, cp's copies too, and read from the page cache. A page that a
 virtual machine has not used for a while comes from its host, which was measured to be six times slower than using one
-again: before each measurement as much as it will write is written, and removed when it begins. The seconds of a conversion are those of `convert` with the start of its processes and the check of every
-tensor that it wrote; importing torch before, `startup_s`, is not in them. A ratio is that of a conversion to the mean
-of the copies just before and just after it, and the median of several: what else the machine does concerns both.
+again: before each measurement as much as it will write is written, and removed when it begins.
+
+The seconds of a conversion are those of `convert` with the start of its processes and the check of every tensor that
+it wrote; importing torch before, `startup_s`, is not in them. A ratio is that of a conversion to the mean of the copies
+just before and just after it, and the median of several: what else the machine does concerns both.
 
 import_over_cp, export_over_cp, reshard_over_cp   bytes per second over those of cp, of the model where it is less
 peak_gb          proportional set size of all processes together, pages of mapped files and libraries included,
