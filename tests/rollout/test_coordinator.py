@@ -1,4 +1,5 @@
 from dataclasses import replace
+from functools import partial
 
 import pytest
 from scripted_rollout import EchoEnvironment, ScriptedEngine, chosen_experts, expected, requests
@@ -31,7 +32,7 @@ def collected(groups):
 def test_trajectories_are_the_same_on_any_engines(runtime, count, chunk_tokens):
     asked = requests(5, 3)
     coordinator = Coordinator(engines(runtime, count, chunk_tokens=chunk_tokens), EchoEnvironment(), LIMITS,
-                              runtime.client, LeastLoaded(spread=1))
+                              runtime.client, partial(LeastLoaded, spread=1))
     assert collected(coordinator.collect(asked, step=1, seed=5, temperature=1.0)) == wanted(asked)
     assert collected(coordinator.collect(asked, step=2, seed=6, temperature=1.0)) == wanted(asked, 2, 6)
 
@@ -40,7 +41,7 @@ def test_trajectories_are_the_same_on_any_engines(runtime, count, chunk_tokens):
 def test_routed_experts_travel_to_the_trajectory_and_its_file(runtime, chunk_tokens, tmp_path):
     asked, sink = requests(4, 2), tmp_path / "sink.jsonl"
     coordinator = Coordinator(engines(runtime, 2, chunk_tokens=chunk_tokens), EchoEnvironment(), LIMITS,
-                              runtime.client, LeastLoaded(spread=1))
+                              runtime.client, partial(LeastLoaded, spread=1))
     groups = coordinator.collect(asked, step=1, seed=5, temperature=1.0, sink=sink, routed_experts=True)
     for got, bare in zip(collected(groups), wanted(asked), strict=True):
         for trajectory, plain in zip(got, bare, strict=True):
