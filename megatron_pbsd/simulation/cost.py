@@ -38,12 +38,12 @@ def cost_model(workload: Workload) -> CostModel:
     bandwidth = hardware.gpus * hardware.bandwidth * engine.bandwidth_share
     flops = hardware.gpus * hardware.flops * engine.flops_share
     weights = model.parameters * model.weight_bytes
+    kv_bytes = model.kv_bytes_per_token * engine.kv_copies
     per_token = 2 * model.active_parameters / flops
     return CostModel(
         step=engine.overhead_s + weights / bandwidth,
         per_token=per_token,
-        per_kv=model.kv_bytes_per_token / bandwidth,
+        per_kv=kv_bytes / bandwidth,
         per_prefill=per_token,
         per_pull=model.kv_bytes_per_token / hardware.pool_bandwidth,
-        kv_tokens=int((hardware.gpus * hardware.memory_bytes * engine.memory_share - weights)
-                      / model.kv_bytes_per_token))
+        kv_tokens=int((hardware.gpus * hardware.memory_bytes * engine.memory_share - weights) / kv_bytes))

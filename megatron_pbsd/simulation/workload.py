@@ -47,6 +47,8 @@ class EngineFacts(Section):
     """Part of the bandwidth that decoding reaches."""
     flops_share: Fraction = 0.5
     """Part of the FLOP/s that verification and prefill reach."""
+    kv_copies: PositiveInt = 1
+    """GPUs of an engine that keep the same KV: tensor parallelism does not divide that of latent attention."""
     watermark: Fraction = 0.01
     """Part of the KV memory that an engine which admits requests on its own keeps free when it does."""
     overhead_s: NonNegative
