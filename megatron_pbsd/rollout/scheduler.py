@@ -66,8 +66,9 @@ class Policy(Protocol):
     """Keeps the requests that wait in its order. It belongs to one scheduler.
 
     admits:        chunks wait here until an engine has a slot and KV for all they may come to need; otherwise engines
-                   get everything at once, and queue and preempt on their own.
-    chunk_tokens:  longest chunk; None does not divide.
+        get everything at once, and queue and preempt on their own.
+    chunk_tokens:  longest chunk; None does not divide. Only chunks bound how much KV a request may come to need: whole
+        requests are admitted by what they need at once, and engines preempt them when that turns out to be too little.
     """
 
     admits: bool
@@ -166,8 +167,8 @@ class Scheduler:
         policy, engines, made = self._policy, self._engines, []
         while (request := policy.head()) is not None:
             chunk = policy.chunk_tokens
-            if request.room is not None and (chunk is None or request.room < chunk):
-                chunk = request.room
+            if chunk is not None and request.room is not None:
+                chunk = min(chunk, request.room)
             tokens = request.context_tokens + (chunk or 0)
             engine = policy.place(request, tokens, engines)
             if engine is None:

@@ -64,12 +64,13 @@ class Outcome:
 
 @dataclass(eq=False, slots=True)
 class _Trajectory:
-    """context: tokens of prompt, turns and observations so far. left: tokens that the present turn still needs. tokens:
+    """context: tokens of prompt, turns and observations so far; generated: of turns alone. left: tokens that the present turn still needs. tokens:
     of the chunk that has been placed. cached: tokens whose KV `holder`, and the pool, keep."""
 
     job: Job
     context: int
     left: int
+    generated: int = 0
     turn: int = 0
     tokens: int = 0
     holder: str | None = None
@@ -78,13 +79,15 @@ class _Trajectory:
 
 
 class Cluster:
-    """watermark: part of the KV memory that engines keep free when they admit chunks on their own."""
+    """limit: most tokens a trajectory generates, which the scheduler knows, as it does not know real lengths.
+    watermark: part of the KV memory that engines keep free when they may have to preempt."""
 
-    def __init__(self, cost: CostModel, engines: int, slots: int, policy: Policy, watermark: float = 0.0,
+    def __init__(self, cost: CostModel, engines: int, slots: int, limit: int, policy: Policy, watermark: float = 0.0,
                  speculation: Speculation | None = None):
-        self._cost, self._slots = cost, slots
+        self._cost, self._slots, self._limit = cost, slots, limit
         self._scheduler = Scheduler(policy)
-        keeps = 0 if policy.admits else int(watermark * cost.kv_tokens)
+        bounded = policy.admits and policy.chunk_tokens is not None
+        keeps = 0 if bounded else int(watermark * cost.kv_tokens)
         self._engines = {
             f"engine-{i}": SimulatedEngine(f"engine-{i}", cost, slots, keeps, speculation) for i in range(engines)}
         for name in self._engines:
@@ -119,7 +122,8 @@ class Cluster:
 
     def _submit(self, request_id: str) -> None:
         trajectory = self._trajectories[request_id]
-        self._scheduler.submitted(request_id, trajectory.job.group_id, trajectory.context, trajectory.left)
+        room = self._limit - trajectory.generated
+        self._scheduler.submitted(request_id, trajectory.job.group_id, trajectory.context, room)
 
     def _place(self, time: float) -> None:
         for made in self._scheduler.decisions():
@@ -161,6 +165,7 @@ class Cluster:
         job = trajectory.job
         self._scheduler.chunk_finished(job.request_id, trajectory.tokens)
         trajectory.context += trajectory.tokens
+        trajectory.generated += trajectory.tokens
         trajectory.left -= trajectory.tokens
         trajectory.holder, trajectory.cached, trajectory.placed = name, trajectory.context, None
         if trajectory.left:

@@ -49,8 +49,8 @@ class EngineCounters:
 
 @dataclass(eq=False)
 class SimulatedEngine:
-    """watermark: tokens of KV that must stay free when it admits a chunk. batches: (time, sequences) whenever the batch
-    changes."""
+    """watermark: tokens of KV that must stay free when it admits a chunk. batches: (time, sequences, tokens of KV)
+    whenever the batch changes."""
 
     name: str
     cost: CostModel
@@ -64,7 +64,7 @@ class SimulatedEngine:
     running: dict[str, Run] = field(default_factory=dict)
     queue: deque[Run] = field(default_factory=deque)
     counters: EngineCounters = field(default_factory=EngineCounters)
-    batches: list[tuple[float, int]] = field(default_factory=list)
+    batches: list[tuple[float, int, float]] = field(default_factory=list)
     version: int = 0
     _draft: int = 0
     _planned_for: int = 0
@@ -198,7 +198,7 @@ class SimulatedEngine:
 
     def _batch_changed(self) -> None:
         count = len(self.running)
-        self.batches.append((self.clock, count))
+        self.batches.append((self.clock, count, self.kv))
         if self.speculation is None or not count or abs(count - self._planned_for) <= 0.1 * self._planned_for:
             return
         self._planned_for = count
@@ -218,4 +218,4 @@ class SimulatedEngine:
         self.queue.clear()
         self._ends.clear()
         self.kv = self.growth = self.computed = 0
-        self.batches.append((self.clock, 0))
+        self.batches.append((self.clock, 0, 0.0))

@@ -41,7 +41,7 @@ class HardwareFacts(Section):
 class EngineFacts(Section):
     slots: PositiveInt = 256
     """Most sequences in a batch."""
-    memory_share: Fraction = 0.85
+    memory_share: Fraction = 0.8
     """Part of the memory that weights and KV may take."""
     bandwidth_share: Fraction = 0.7
     """Part of the bandwidth that decoding reaches."""
@@ -64,9 +64,9 @@ class RequestFacts(Section):
     """Mean number of tokens a request generates."""
     prompt: PositiveInt = 1024
     """Tokens of every prompt."""
-    sigma: Positive
+    sigma: Positive = 0.8
     """Standard deviation of the logarithm of lengths before they are cut off at `limit`. Fitted."""
-    correlation: Fraction = 0.75
+    correlation: Fraction = 0.9
     """Part of the variance of log lengths that is the prompt's."""
     turns: PositiveInt = 1
     """Turns of a trajectory, of equal lengths."""
@@ -89,7 +89,7 @@ class Published(Section):
 class Workload(Section):
     name: str
     engines: PositiveInt
-    chunk_tokens: PositiveInt = 4096
+    chunk_tokens: PositiveInt = 2048
     """Longest chunk of policies that divide."""
     model: ModelFacts
     hardware: HardwareFacts
