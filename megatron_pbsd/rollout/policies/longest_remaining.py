@@ -5,7 +5,7 @@ from __future__ import annotations
 from megatron_pbsd.rollout.engine_index import EngineIndex, EngineLoad
 from megatron_pbsd.rollout.length_context import LengthContext
 from megatron_pbsd.rollout.queues import RequestQueue, Turns
-from megatron_pbsd.rollout.routing import SPREAD, near_kv
+from megatron_pbsd.rollout.routing import SPREAD, balanced
 from megatron_pbsd.rollout.scheduler import Request
 
 TURN_EVERY = 64
@@ -44,7 +44,7 @@ class LongestRemaining:
         return self._turns.due() or self._queue.head()
 
     def place(self, request: Request, tokens: int, engines: EngineIndex) -> EngineLoad | None:
-        return near_kv(request, tokens, engines, self._spread)
+        return balanced(request, tokens, engines)
 
     def started(self, request: Request) -> None:
         self._turns.placed()
