@@ -13,7 +13,6 @@ class _Group:
     count: int = 0
     longest: int = 0
     reached: int = 0
-    logs: float = 0.0
 
 
 class LengthContext:
@@ -25,7 +24,6 @@ class LengthContext:
 
     def __init__(self, limit: int, prior: Mapping[str, int] | None = None):
         self._limit, self._prior = limit, dict(prior or {})
-        self._sum=0.0; self._n=0
         self._groups: dict[str, _Group] = {}
         self.calibration = Calibration()
 
@@ -43,17 +41,6 @@ class LengthContext:
             return min(self._prior.get(group_id, self._limit), self._limit)
         known = group.longest if group.count else min(self._prior.get(group_id, self._limit), self._limit)
         return max(known, group.reached)
-
-    Z=1.5; KAPPA=0.5; SW=0.4; SB=0.7
-    def remaining(self, group_id, reached):
-        g=self._groups.get(group_id)
-        if g is None or not g.count: return self._limit-reached
-        n=g.count
-        b,w=self.SB**2,self.SW**2
-        mu=self._sum/self._n
-        m=(mu/b+g.logs/w)/(1/b+n/w); v=1/(1/b+n/w)+w
-        q=min(exp(m+self.Z*v**.5), self._limit)
-        return min(max(q-reached, self.KAPPA*reached), self._limit-reached)
 
     def known(self, group_id: str) -> bool:
         """Whether the estimate rests on a length, of this epoch or an earlier one."""
@@ -73,7 +60,6 @@ class LengthContext:
             self.calibration.add(before, tokens)
         group = self._group(group_id)
         group.count += 1
-        group.logs += log(tokens); self._sum+=log(tokens); self._n+=1
         group.longest = max(group.longest, tokens)
         return self.estimate(group_id) != before
 

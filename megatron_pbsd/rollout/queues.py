@@ -1,7 +1,7 @@
 """Orders in which requests wait: heaps with lazy deletion, O(log n) per entry.
 
-A request's `ticket` numbers its waits. An entry whose ticket is not the request's present one is out of date; starting
-a request therefore costs nothing here.
+Of the entries of a request in a queue only the latest counts (`Request.entry`), and that only while it waits; starting a
+request therefore costs nothing here.
 """
 
 from __future__ import annotations
@@ -17,20 +17,24 @@ Key = Callable[[Request], Any]
 
 
 class RequestQueue:
-    """By a key that does not change while a request waits, smallest first; equal ones by order of arrival."""
+    """By a key, smallest first; equal ones by order of arrival. A request whose key has changed while it waits has to
+    be pushed again."""
 
     def __init__(self, key: Key):
         self._key = key
+        self._pushed = 0
         self._heap: list[tuple[Any, int, int, Request]] = []
 
     def push(self, request: Request) -> None:
-        heapq.heappush(self._heap, (self._key(request), request.order, request.ticket, request))
+        self._pushed += 1
+        request.entry = self._pushed
+        heapq.heappush(self._heap, (self._key(request), request.order, self._pushed, request))
 
     def head(self) -> Request | None:
         heap = self._heap
         while heap:
-            _, _, ticket, request = heap[0]
-            if request.waiting and request.ticket == ticket:
+            _, _, entry, request = heap[0]
+            if request.waiting and request.entry == entry:
                 return request
             heapq.heappop(heap)
         return None

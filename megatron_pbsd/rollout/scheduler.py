@@ -31,6 +31,7 @@ class Request:
     generated:       tokens generated so far, in all turns.
     holder:          the engine that ran its last chunk and may hold its KV.
     ticket:          number of its present or latest wait.
+    entry:           number of its latest entry in a queue.
     """
 
     request_id: str
@@ -40,6 +41,7 @@ class Request:
     room: int | None = None
     generated: int = 0
     ticket: int = 0
+    entry: int = 0
     waiting: bool = False
     engine: EngineLoad | None = None
     holder: EngineLoad | None = None

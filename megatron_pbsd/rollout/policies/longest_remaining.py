@@ -1,44 +1,65 @@
-"""Largest likely remaining length first: what is known of a group and how far a request has come, together."""
+"""The largest likely remaining length first: what is known of a group, and how far a request has come, together.
+
+Differs from `context_aware` in what it learns (`length_model`: all members' progress, not the longest finished length
+alone), in ranking by what remains instead of by the whole (so that all requests end at about the same time, however
+late it turned out that they are long), in learning about all groups at the same pace before it knows any of them, and
+in moving requests whenever engines are unevenly loaded.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+
 from megatron_pbsd.rollout.engine_index import EngineIndex, EngineLoad
-from megatron_pbsd.rollout.length_context import LengthContext
+from megatron_pbsd.rollout.length_model import LengthModel
 from megatron_pbsd.rollout.queues import RequestQueue, Turns
-from megatron_pbsd.rollout.routing import SPREAD, balanced
+from megatron_pbsd.rollout.routing import balanced
 from megatron_pbsd.rollout.scheduler import Request
 
 TURN_EVERY = 64
 
 
+@dataclass(slots=True)
+class _Group:
+    """Unfinished members by request id, and their places in the order they came in."""
+
+    members: dict[str, Request] = field(default_factory=dict)
+    places: dict[str, int] = field(default_factory=dict)
+
+
 class LongestRemaining:
+    """Probes first: as long as none of a group has finished, its first request goes before all others."""
+
     admits = True
 
-    def __init__(self, chunk_tokens: int, lengths: LengthContext, spread: int = SPREAD, turn_every: int = TURN_EVERY):
+    def __init__(self, chunk_tokens: int, lengths: LengthModel, turn_every: int = TURN_EVERY):
         self.chunk_tokens: int | None = chunk_tokens
-        self.lengths, self._spread = lengths, spread
-        self._members: dict[str, dict[str, Request]] = {}
+        self.lengths = lengths
+        self._groups: dict[str, _Group] = {}
         self._queue = RequestQueue(self._key)
         self._turns = Turns(turn_every)
 
-    def _key(self, request: Request) -> tuple[float, int]:
-        group = self._members[request.group_id]
-        first = next(iter(group))
-        known = self.lengths.known(request.group_id)
-        if first == request.request_id and not known:
-            return (-1e18, request.generated)
-        return (-self.lengths.remaining(request.group_id, request.generated), self._rank[request.request_id])
-
-    _rank: dict
+    def _key(self, request: Request) -> tuple[bool, float, bool, int]:
+        place = self._groups[request.group_id].places[request.request_id]
+        probe = place == 0 and not self.lengths.known(request.group_id)
+        remaining = self.lengths.remaining(request.group_id, request.generated)
+        return not probe, -remaining, not request.begun, place
 
     def wait(self, request: Request) -> None:
-        if not hasattr(self, "_r"):
-            self._r = 1; self._rank = {}
-        m = self._members.setdefault(request.group_id, {})
-        m[request.request_id] = request
-        self._rank.setdefault(request.request_id, len(m))
+        group = self._groups.get(request.group_id)
+        if group is None:
+            group = self._groups[request.group_id] = _Group()
+        group.members[request.request_id] = request
+        group.places.setdefault(request.request_id, len(group.places))
+        if request.generated and self.lengths.reached(request.group_id, request.request_id, request.generated):
+            self._reorder(group)
         self._queue.push(request)
         self._turns.push(request)
+
+    def _reorder(self, group: _Group) -> None:
+        for member in group.members.values():
+            if member.waiting:
+                self._queue.push(member)
 
     def head(self) -> Request | None:
         return self._turns.due() or self._queue.head()
@@ -48,13 +69,11 @@ class LongestRemaining:
 
     def started(self, request: Request) -> None:
         self._turns.placed()
+        if not request.generated:
+            self.lengths.started(request.group_id, request.request_id)
 
     def finished(self, request: Request) -> None:
-        group = self._members[request.group_id]
-        del group[request.request_id]
-        self.lengths.finished(request.group_id, request.generated)
-        for member in group.values():
-            if member.waiting:
-                member.ticket += 1
-                self._queue.push(member)
-                self._turns.push(member)
+        group = self._groups[request.group_id]
+        del group.members[request.request_id]
+        self.lengths.finished(request.group_id, request.request_id, request.generated)
+        self._reorder(group)
