@@ -10,17 +10,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import erfc, exp, log, pi, sqrt
+from statistics import NormalDist
 
 PRIOR_WEIGHT = 20
 """Observations that the assumed variances count as, beside those of groups that have finished."""
 WITHIN, BETWEEN = 0.4 ** 2, 0.8 ** 2
 """Assumed variances of log lengths within a group, and of groups' means."""
-DEVIATIONS = 1.5
-"""A request is taken to be as long as the group's mean and so many standard deviations: being late with a long one
-costs more than being early with a short one."""
+RISK = 0.07
+"""A request is taken to be as long as this part of those like it exceed: being late with a long one costs more than
+being early with a short one."""
 LASTING = 0.5
 """One that has come so far goes on for at least this part of it, whatever its siblings did."""
 SWEEPS = 3
+STANDARD = NormalDist()
 
 
 @dataclass(slots=True)
@@ -29,7 +31,7 @@ class _Group:
     total: float = 0.0
     squares: float = 0.0
     running: dict[str, float] = field(default_factory=dict)
-    likely: float | None = None
+    estimate: tuple[float, float] | None = None
 
 
 class LengthModel:
@@ -61,9 +63,9 @@ class LengthModel:
         """It has so many tokens and goes on. Returns whether that says something new about its siblings."""
         group = self._group(group_id)
         group.running[request_id] = reached = log(max(tokens, 1))
-        surprising = group.likely is not None and reached > group.likely - DEVIATIONS * sqrt(self._within.value)
+        surprising = group.estimate is not None and reached > group.estimate[0]
         if surprising:
-            group.likely = None
+            group.estimate = None
         return surprising
 
     def finished(self, group_id: str, request_id: str, tokens: int) -> None:
@@ -72,7 +74,7 @@ class LengthModel:
         group.finished += 1
         group.total += length
         group.squares += length * length
-        group.likely = None
+        group.estimate = None
         self._count += 1
         self._mean += (length - self._mean) / self._count
         if not group.running and group.finished > 1:
@@ -83,16 +85,23 @@ class LengthModel:
 
     def remaining(self, group_id: str, tokens: int) -> float:
         """Tokens a member that has so many is likely to still need at most; of a group about which nothing is known,
-        all that the limit allows to any."""
-        group = self._group(group_id)
+        all that the limit allows."""
+        group, room = self._group(group_id), self._limit - tokens
         if not group.finished:
-            return self._limit
-        if group.likely is None:
-            group.likely = self._likely(group)
-        room = self._limit - tokens
-        return min(max(exp(min(group.likely, 50.0)) - tokens, LASTING * tokens), room)
+            return room
+        if group.estimate is None:
+            group.estimate = self._estimate(group)
+        mean, deviation = group.estimate
+        longer = RISK
+        if tokens:
+            longer *= erfc((log(tokens) - mean) / (deviation * sqrt(2))) / 2
+        if longer < 1e-12:
+            return min(LASTING * tokens, room)
+        total = exp(min(mean - deviation * STANDARD.inv_cdf(longer), 50.0))
+        return min(max(total - tokens, LASTING * tokens), room)
 
-    def _likely(self, group: _Group) -> float:
+    def _estimate(self, group: _Group) -> tuple[float, float]:
+        """Mean and standard deviation of the log length of one more member."""
         within, between = self._within.value, self._between.value
         population = self._mean if self._count else group.total / group.finished
         deviation = sqrt(within)
@@ -107,7 +116,7 @@ class LengthModel:
                 break
             expected = sum(_mean_above(x, middle, deviation) for x in telling)
             middle = mean(group.finished + len(telling), group.total + expected)
-        return middle + DEVIATIONS * sqrt(within + 1 / (1 / between + group.finished / within))
+        return middle, sqrt(within + 1 / (1 / between + group.finished / within))
 
 
 class _Variance:
