@@ -81,6 +81,12 @@ def parser() -> argparse.ArgumentParser:
     command(commands, "report", "build report.html from what a run recorded", _report).add_argument(
         "folder", metavar="RUN", help="the run's folder")
 
+    simulate = command(commands, "simulate", "compare rollout policies on a simulated cluster", _simulate,
+                       epilog="Any key of the workload can be set on top, e.g. --requests.correlation 0.5 --seeds 1.")
+    simulate.add_argument("workload", metavar="WORKLOAD", help="YAML file, see configs/workloads")
+    simulate.add_argument("--json", action="store_true", help="print one line")
+    simulate.add_argument("--html", metavar="FILE", help="also draw what the engines did")
+
     bench = command(commands, "bench", "measure one part", _bench, epilog=overrides)
     bench.add_argument("name", metavar="NAME", help="a module of launcher/bench")
     bench.add_argument("--json", action="store_true", help="print one line")
@@ -101,13 +107,17 @@ class _Parser(argparse.ArgumentParser):
 def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     """(command line, overrides). Of commands that read a configuration, every unknown `--flag` is an override."""
     command = " ".join(argv[:2] if argv[:1] == ["config"] else argv[:1])
-    if command not in ("train", "evaluate", "bench", "config check", "config show"):
+    if command not in ("train", "evaluate", "simulate", "bench", "config check", "config show"):
         return list(argv), []
     rest, overrides, remaining = [], [], list(argv)
     while remaining:
         token = remaining.pop(0)
         if not token.startswith("--") or token in ("--resume", "--json", "--help"):
             rest.append(token)
+            continue
+        if command == "simulate" and token.partition("=")[0] == "--html":
+            rest += [token, *(remaining[:1] if token == "--html" else [])]
+            remaining = remaining[1:] if token == "--html" else remaining
             continue
         overrides.append(token)
         if "=" not in token and remaining and not remaining[0].startswith("--"):
@@ -198,6 +208,25 @@ def _report(arguments: argparse.Namespace) -> None:
     from megatron_pbsd.observability.report import write_report
 
     print(write_report(run_folder(arguments.folder)))
+
+
+def _simulate(arguments: argparse.Namespace) -> None:
+    import json
+
+    from launcher.simulate import load_workload, print_results
+    from megatron_pbsd.simulation.experiment import run_experiment
+
+    experiment = run_experiment(load_workload(arguments.workload, arguments.overrides),
+                                lambda text: print(f"pbsd: {text}", file=sys.stderr))
+    results = experiment.results()
+    if arguments.json:
+        print(json.dumps(results))
+    else:
+        print_results(results)
+    if arguments.html:
+        from megatron_pbsd.simulation.picture import write_picture
+
+        write_picture(experiment, arguments.html)
 
 
 def _bench(arguments: argparse.Namespace) -> None:

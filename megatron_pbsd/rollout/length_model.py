@@ -14,7 +14,7 @@ from statistics import NormalDist
 
 PRIOR_WEIGHT = 20
 """Observations that the assumed variances count as, beside those of groups that have finished."""
-WITHIN, BETWEEN = 0.4 ** 2, 0.8 ** 2
+WITHIN, BETWEEN = 0.6 ** 2, 0.8 ** 2
 """Assumed variances of log lengths within a group, and of groups' means."""
 RISK = 0.07
 """A request is taken to be as long as this part of those like it exceed: being late with a long one costs more than

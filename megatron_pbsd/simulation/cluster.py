@@ -15,7 +15,6 @@ from megatron_pbsd.simulation.engine import Run, SimulatedEngine
 from megatron_pbsd.simulation.speculation import Speculation
 from megatron_pbsd.simulation.workload import Job
 
-
 Handler = Callable[[float, str, Any], None]
 """(time, request or engine, whatever else it was scheduled with)."""
 
@@ -64,8 +63,9 @@ class Outcome:
 
 @dataclass(eq=False, slots=True)
 class _Trajectory:
-    """context: tokens of prompt, turns and observations so far; generated: of turns alone. left: tokens that the present turn still needs. tokens:
-    of the chunk that has been placed. cached: tokens whose KV `holder`, and the pool, keep."""
+    """context: tokens of prompt, turns and observations so far; generated: of turns alone. left: tokens that the
+    present turn still needs. tokens: of the chunk that has been placed. cached: tokens whose KV `holder`, and the pool,
+    keep."""
 
     job: Job
     context: int

@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from functools import cache
+from itertools import pairwise
 
 from megatron_pbsd.simulation.cost import CostModel
 
@@ -21,7 +22,7 @@ def acceptance(siblings: int) -> float:
     what was measured; between measurements linear in log(1 + siblings)."""
     points = [(math.log1p(n), accepted) for n, accepted in ACCEPTED]
     x = min(math.log1p(siblings), points[-1][0])
-    (x0, y0), (x1, y1) = next(pair for pair in zip(points, points[1:], strict=False) if x <= pair[1][0])
+    (x0, y0), (x1, y1) = next(pair for pair in pairwise(points) if x <= pair[1][0])
     wanted = y0 + (y1 - y0) * (x - x0) / (x1 - x0)
     low, high = 0.0, 1.0
     for _ in range(60):

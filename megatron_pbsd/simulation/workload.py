@@ -97,7 +97,12 @@ class Workload(Section):
     requests: RequestFacts
     published: dict[str, Published] = {}
     """By policy."""
+    policies: tuple[str, ...] = ()
+    """Which to simulate, beside the baseline; none: all."""
+    seeds: PositiveInt = 3
+    """Draws of lengths that results are means over."""
     seed: int = 0
+    """The first of them."""
 
 
 @dataclass(frozen=True)
@@ -116,15 +121,17 @@ class Job:
         return sum(self.turns)
 
 
-def jobs(facts: RequestFacts, seed: int) -> list[Job]:
-    """Group by group. The same standard normals for all parameters, so that sweeps compare like with like."""
-    rng = np.random.default_rng([seed, 1])
-    of_group, of_member = rng.standard_normal(facts.groups), rng.standard_normal((facts.groups, facts.group_size))
+def jobs(facts: RequestFacts, seed: int, epoch: int = 0) -> list[Job]:
+    """Group by group. The same standard normals for all parameters, so that sweeps compare like with like; another
+    epoch has the same prompts, and other answers to them."""
+    shape = facts.groups, facts.group_size
+    of_group = np.random.default_rng([seed, 0]).standard_normal(facts.groups)
+    of_member = np.random.default_rng([seed, 1, epoch]).standard_normal(shape)
     share = facts.correlation
     z = share ** 0.5 * of_group[:, None] + (1 - share) ** 0.5 * of_member
     lengths = cut_lognormal(facts.sigma * z, facts.mean, facts.limit)
-    latencies = np.random.default_rng([seed, 2]).lognormal(
-        np.log(max(facts.tool_s, 1e-9)), facts.tool_sigma, (facts.groups, facts.group_size, facts.turns - 1))
+    latencies = np.random.default_rng([seed, 2, epoch]).lognormal(
+        np.log(max(facts.tool_s, 1e-9)), facts.tool_sigma, (*shape, facts.turns - 1))
     return [
         Job(f"{g}/{i}", f"{g}", facts.prompt, tuple(divided(int(lengths[g, i]), facts.turns)),
             tuple(latencies[g, i].tolist()), facts.observation)
