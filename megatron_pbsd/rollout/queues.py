@@ -1,7 +1,7 @@
 """Orders in which requests wait: heaps with lazy deletion, O(log n) per entry.
 
-Of the entries of a request in a queue only the latest counts (`Request.entry`), and that only while it waits; starting a
-request therefore costs nothing here.
+Of the entries of a request in a queue only the latest counts (`Request.entry`), and that only while it waits; so starting
+a request costs nothing here.
 """
 
 from __future__ import annotations

@@ -74,7 +74,8 @@ class SimulatedEngine:
     def arrive(self, run: Run, time: float) -> None:
         self.advance_to(time)
         self.queue.append(run)
-        self._admit()
+        if not self.running or self._steps_to_event() > 0:  # else those that end at this very step leave first
+            self._admit()
 
     def next_event(self) -> float | None:
         """When a chunk will end or KV run out; None if nothing runs."""
