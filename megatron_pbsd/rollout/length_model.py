@@ -21,6 +21,8 @@ RISK = 0.07
 being early with a short one."""
 LASTING = 0.5
 """One that has come so far goes on for at least this part of it, whatever its siblings did."""
+NEWS = 0.2
+"""How much farther (in log tokens) than its siblings a request has to come for its group to be estimated anew."""
 SWEEPS = 3
 STANDARD = NormalDist()
 
@@ -32,6 +34,7 @@ class _Group:
     squares: float = 0.0
     running: dict[str, float] = field(default_factory=dict)
     estimate: tuple[float, float] | None = None
+    farthest: float = 0.0
 
 
 class LengthModel:
@@ -61,11 +64,11 @@ class LengthModel:
 
     def reached(self, group_id: str, request_id: str, tokens: int) -> bool:
         """It has so many tokens and goes on. Returns whether that says something new about its siblings."""
-        group = self._group(group_id)
-        group.running[request_id] = reached = log(max(tokens, 1))
-        surprising = group.estimate is not None and reached > group.estimate[0]
+        group = self._groups[group_id]
+        group.running[request_id] = reached = log(tokens)
+        surprising = group.estimate is not None and reached > max(group.estimate[0], group.farthest + NEWS)
         if surprising:
-            group.estimate = None
+            group.estimate, group.farthest = None, reached
         return surprising
 
     def finished(self, group_id: str, request_id: str, tokens: int) -> None:

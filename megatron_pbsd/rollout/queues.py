@@ -1,7 +1,7 @@
 """Orders in which requests wait: heaps with lazy deletion, O(log n) per entry.
 
-Of the entries of a request in a queue only the latest counts (`Request.entry`), and that only while it waits; so starting
-a request costs nothing here.
+Of the entries of a request in a queue only the latest counts (`Request.entry`), and that only while it waits, so that
+starting a request costs nothing here.
 """
 
 from __future__ import annotations
@@ -14,6 +14,9 @@ from typing import Any
 from megatron_pbsd.rollout.scheduler import Request
 
 Key = Callable[[Request], Any]
+
+TURN_EVERY = 256
+"""Every so many placements one goes to whoever has waited longest."""
 
 
 class RequestQueue:
@@ -92,7 +95,7 @@ class Turns:
     most 1 / `every` of the placements differ from what the policy wanted.
     """
 
-    def __init__(self, every: int):
+    def __init__(self, every: int = TURN_EVERY):
         self._every = every
         self._since = 0
         self._most = 1024

@@ -167,7 +167,7 @@ class Scheduler:
     def decisions(self) -> list[Assignment]:
         """Place waiting chunks until the policy has nothing to place. The chunks are in flight from now on."""
         policy, engines, made = self._policy, self._engines, []
-        while (request := policy.head()) is not None:
+        while engines.least() is not None and (request := policy.head()) is not None:
             chunk = policy.chunk_tokens
             if chunk is not None and request.room is not None:
                 chunk = min(chunk, request.room)

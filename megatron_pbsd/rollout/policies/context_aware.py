@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from megatron_pbsd.rollout.engine_index import EngineIndex, EngineLoad
 from megatron_pbsd.rollout.length_context import LengthContext
-from megatron_pbsd.rollout.queues import GroupQueue, RequestQueue, Turns
+from megatron_pbsd.rollout.queues import TURN_EVERY, GroupQueue, RequestQueue, Turns
 from megatron_pbsd.rollout.routing import SPREAD, near_kv
 from megatron_pbsd.rollout.scheduler import Request
-
-TURN_EVERY = 64
-"""Every so many placements one goes to whoever has waited longest."""
 
 
 class ContextAware:

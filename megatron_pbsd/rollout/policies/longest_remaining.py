@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 
 from megatron_pbsd.rollout.engine_index import EngineIndex, EngineLoad
 from megatron_pbsd.rollout.length_model import LengthModel
-from megatron_pbsd.rollout.queues import RequestQueue, Turns
+from megatron_pbsd.rollout.queues import TURN_EVERY, RequestQueue, Turns
 from megatron_pbsd.rollout.routing import balanced
 from megatron_pbsd.rollout.scheduler import Request
 
-TURN_EVERY = 64
+PROBES_AHEAD, LARGEST_GROUP = 2.0 ** 30, 2.0 ** 16
 
 
 @dataclass(slots=True)
@@ -39,11 +39,15 @@ class LongestRemaining:
         self._queue = RequestQueue(self._key)
         self._turns = Turns(turn_every)
 
-    def _key(self, request: Request) -> tuple[bool, float, bool, int]:
+    def _key(self, request: Request) -> float:
+        """Minus the likely remaining length, in one number because comparing tuples takes several times as long: probes
+        are ahead by more than any length, and between equal lengths the begun are, then the groups' first members."""
         place = self._groups[request.group_id].places[request.request_id]
-        probe = place == 0 and not self.lengths.known(request.group_id)
         remaining = self.lengths.remaining(request.group_id, request.generated)
-        return not probe, -remaining, not request.begun, place
+        ahead = 0.5 if request.begun else 0.0
+        if place == 0 and not self.lengths.known(request.group_id):
+            ahead += PROBES_AHEAD
+        return place / LARGEST_GROUP - ahead - remaining
 
     def wait(self, request: Request) -> None:
         group = self._groups.get(request.group_id)
@@ -51,7 +55,8 @@ class LongestRemaining:
             group = self._groups[request.group_id] = _Group()
         group.members[request.request_id] = request
         group.places.setdefault(request.request_id, len(group.places))
-        if request.generated and self.lengths.reached(request.group_id, request.request_id, request.generated):
+        tokens = request.generated
+        if tokens and self.lengths.reached(request.group_id, request.request_id, tokens):
             self._reorder(group)
         self._queue.push(request)
         self._turns.push(request)
