@@ -30,7 +30,7 @@ arrivals = st.lists(st.tuples(
     st.one_of(st.just(0.0), st.floats(0.0, 3.0)), st.integers(1, 30), st.integers(1, 60)), min_size=1, max_size=10)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(arrivals, st.integers(1, 5), st.integers(0, 12), st.integers(100, 400))
 def test_closed_form_is_step_by_step(drawn, slots, watermark, kv_tokens):
     cost = CostModel(COST.step, COST.per_token, COST.per_kv, COST.per_prefill, 0.0, kv_tokens)
