@@ -71,7 +71,9 @@ class LengthModel:
             group.estimate, group.farthest = None, reached
         return surprising
 
-    def finished(self, group_id: str, request_id: str, tokens: int) -> None:
+    def finished(self, group_id: str, request_id: str, tokens: int) -> bool:
+        """It is over. Returns whether that says something new about its siblings: the first does, the second, the
+        fourth and so on, as the n-th moves a mean by an n-th."""
         group, length = self._group(group_id), log(max(tokens, 1))
         group.running.pop(request_id, None)
         group.finished += 1
@@ -85,6 +87,7 @@ class LengthModel:
             spread = max(0.0, group.squares - group.total * mean)
             self._within.add(spread, group.finished - 1)
             self._between.add((mean - self._mean) ** 2, 1)
+        return group.finished & (group.finished - 1) == 0
 
     def remaining(self, group_id: str, tokens: int) -> float:
         """Tokens a member that has so many is likely to still need at most; of a group about which nothing is known,

@@ -8,8 +8,6 @@ in moving requests whenever engines are unevenly loaded.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 from megatron_pbsd.rollout.engine_index import EngineIndex, EngineLoad
 from megatron_pbsd.rollout.length_model import LengthModel
 from megatron_pbsd.rollout.queues import TURN_EVERY, RequestQueue, Turns
@@ -17,14 +15,6 @@ from megatron_pbsd.rollout.routing import balanced
 from megatron_pbsd.rollout.scheduler import Request
 
 PROBES_AHEAD, LARGEST_GROUP = 2.0 ** 30, 2.0 ** 16
-
-
-@dataclass(slots=True)
-class _Group:
-    """Unfinished members by request id, and their places in the order they came in."""
-
-    members: dict[str, Request] = field(default_factory=dict)
-    places: dict[str, int] = field(default_factory=dict)
 
 
 class LongestRemaining:
@@ -35,14 +25,15 @@ class LongestRemaining:
     def __init__(self, chunk_tokens: int, lengths: LengthModel, turn_every: int = TURN_EVERY):
         self.chunk_tokens: int | None = chunk_tokens
         self.lengths = lengths
-        self._groups: dict[str, _Group] = {}
+        self._members: dict[str, list[Request]] = {}
+        self._places: dict[str, int] = {}
         self._queue = RequestQueue(self._key)
         self._turns = Turns(turn_every)
 
     def _key(self, request: Request) -> float:
         """Minus the likely remaining length, in one number because comparing tuples takes several times as long: probes
         are ahead by more than any length, and between equal lengths the begun are, then the groups' first members."""
-        place = self._groups[request.group_id].places[request.request_id]
+        place = self._places[request.request_id]
         remaining = self.lengths.remaining(request.group_id, request.generated)
         ahead = 0.5 if request.begun else 0.0
         if place == 0 and not self.lengths.known(request.group_id):
@@ -50,19 +41,18 @@ class LongestRemaining:
         return place / LARGEST_GROUP - ahead - remaining
 
     def wait(self, request: Request) -> None:
-        group = self._groups.get(request.group_id)
-        if group is None:
-            group = self._groups[request.group_id] = _Group()
-        group.members[request.request_id] = request
-        group.places.setdefault(request.request_id, len(group.places))
         tokens = request.generated
-        if tokens and self.lengths.reached(request.group_id, request.request_id, tokens):
-            self._reorder(group)
+        if request.request_id not in self._places:
+            members = self._members.setdefault(request.group_id, [])
+            self._places[request.request_id] = len(members)
+            members.append(request)
+        elif tokens and self.lengths.reached(request.group_id, request.request_id, tokens):
+            self._reorder(request.group_id)
         self._queue.push(request)
         self._turns.push(request)
 
-    def _reorder(self, group: _Group) -> None:
-        for member in group.members.values():
+    def _reorder(self, group_id: str) -> None:
+        for member in self._members[group_id]:
             if member.waiting:
                 self._queue.push(member)
 
@@ -78,7 +68,5 @@ class LongestRemaining:
             self.lengths.started(request.group_id, request.request_id)
 
     def finished(self, request: Request) -> None:
-        group = self._groups[request.group_id]
-        del group.members[request.request_id]
-        self.lengths.finished(request.group_id, request.request_id, request.generated)
-        self._reorder(group)
+        if self.lengths.finished(request.group_id, request.request_id, request.generated):
+            self._reorder(request.group_id)
