@@ -57,7 +57,7 @@ class LengthModel:
         return group
 
     def known(self, group_id: str) -> bool:
-        return self._group(group_id).finished > 0
+        return group_id in self._prior or ((group := self._groups.get(group_id)) is not None and group.finished > 0)
 
     def started(self, group_id: str, request_id: str) -> None:
         self._group(group_id).running.setdefault(request_id, 0.0)
@@ -92,9 +92,10 @@ class LengthModel:
     def remaining(self, group_id: str, tokens: int) -> float:
         """Tokens a member that has so many is likely to still need at most; of a group about which nothing is known,
         all that the limit allows."""
-        group, room = self._group(group_id), self._limit - tokens
-        if not group.finished:
+        room = self._limit - tokens
+        if not self.known(group_id):
             return room
+        group = self._group(group_id)
         if group.estimate is None:
             group.estimate = self._estimate(group)
         mean, deviation = group.estimate

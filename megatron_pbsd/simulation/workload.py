@@ -68,6 +68,8 @@ class RequestFacts(Section):
     """Standard deviation of the logarithm of lengths before they are cut off at `limit`. Fitted."""
     correlation: Fraction = 0.9
     """Part of the variance of log lengths that is the prompt's."""
+    outlier: Positive = 1.0
+    """How much longer than by the rest one member of each group is, before lengths are cut off at `limit`."""
     turns: PositiveInt = 1
     """Turns of a trajectory, of equal lengths."""
     tool_s: NonNegative = 0.0
@@ -129,7 +131,10 @@ def jobs(facts: RequestFacts, seed: int, epoch: int = 0) -> list[Job]:
     of_member = np.random.default_rng([seed, 1, epoch]).standard_normal(shape)
     share = facts.correlation
     z = share ** 0.5 * of_group[:, None] + (1 - share) ** 0.5 * of_member
-    lengths = cut_lognormal(facts.sigma * z, facts.mean, facts.limit)
+    deviations = facts.sigma * z
+    members = np.random.default_rng([seed, 3, epoch]).integers(facts.group_size, size=facts.groups)
+    deviations[np.arange(facts.groups), members] += np.log(facts.outlier)
+    lengths = cut_lognormal(deviations, facts.mean, facts.limit)
     latencies = np.random.default_rng([seed, 2, epoch]).lognormal(
         np.log(max(facts.tool_s, 1e-9)), facts.tool_sigma, (*shape, facts.turns - 1))
     return [

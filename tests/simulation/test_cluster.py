@@ -105,6 +105,13 @@ def test_lengths_are_as_the_workload_says():
     assert [j.prompt for j in again] == [j.prompt for j in asked] and again != asked
 
 
+def test_one_member_of_each_group_may_be_far_longer():
+    facts = workload(correlation=1.0, outlier=10.0, limit=10 ** 6).requests
+    for g in range(0, 320, 8):
+        *others, longest = sorted(j.tokens for j in jobs(facts, 0)[g:g + 8])
+        assert len(set(others)) == 1 and longest / others[0] == pytest.approx(10, rel=0.05)
+
+
 def test_turns_share_a_trajectorys_tokens():
     facts = workload(turns=3, tool_s=1.0, observation=7).requests
     for one in jobs(facts, 0):
