@@ -74,7 +74,7 @@ class Calibration:
     def __init__(self) -> None:
         self._log_ratios: list[float] = []
 
-    def add(self, predicted: int, real: int) -> None:
+    def add(self, predicted: float, real: float) -> None:
         self._log_ratios.append(log(max(predicted, 1) / max(real, 1)))
 
     def metrics(self) -> dict[str, float]:

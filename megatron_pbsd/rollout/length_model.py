@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from math import erfc, exp, log, pi, sqrt
 from statistics import NormalDist
 
+from megatron_pbsd.rollout.length_context import Calibration
+
 PRIOR_WEIGHT = 20
 """Observations that the assumed variances count as, beside those of groups that have finished."""
 WITHIN, BETWEEN = 0.6 ** 2, 0.8 ** 2
@@ -47,6 +49,7 @@ class LengthModel:
         self._within = _Variance(WITHIN)
         self._between = _Variance(BETWEEN)
         self._count, self._mean = 0, 0.0
+        self.calibration = Calibration()
 
     def _group(self, group_id: str) -> _Group:
         group = self._groups.get(group_id)
@@ -74,6 +77,8 @@ class LengthModel:
     def finished(self, group_id: str, request_id: str, tokens: int) -> bool:
         """It is over. Returns whether that says something new about its siblings: the first does, the second, the
         fourth and so on, as the n-th moves a mean by an n-th."""
+        if self.known(group_id):
+            self.calibration.add(self.remaining(group_id, 0), tokens)
         group, length = self._group(group_id), log(max(tokens, 1))
         group.running.pop(request_id, None)
         group.finished += 1

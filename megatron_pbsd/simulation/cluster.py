@@ -36,7 +36,8 @@ class Failure:
 
 @dataclass
 class Outcome:
-    """finished: request → when it was over (s). moved_tokens: KV that came from the pool."""
+    """finished: request → when it was over (s). moved_tokens: KV that came from the pool. lengths: how good a policy's
+    predictions were, where it makes any (`rollout.length_context.Calibration`)."""
 
     finished: dict[str, float] = field(default_factory=dict)
     engines: list[SimulatedEngine] = field(default_factory=list)
@@ -44,6 +45,7 @@ class Outcome:
     moved_tokens: int = 0
     decisions: int = 0
     lost_chunks: int = 0
+    lengths: dict[str, float] = field(default_factory=dict)
 
     @property
     def total_s(self) -> float:

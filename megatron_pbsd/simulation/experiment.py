@@ -67,6 +67,8 @@ class Experiment:
                     "prefilled_tokens": fmean(sum(e.counters.prefilled_tokens for e in o.engines) for o in outcomes),
                     "decisions": fmean(o.decisions for o in outcomes),
                     "totals_s": [o.total_s for o in outcomes]}
+            if outcomes[0].lengths:
+                row["predicted_lengths"] = {key: fmean(o.lengths[key] for o in outcomes) for key in outcomes[0].lengths}
             if name in published:
                 row["published"] = published[name].model_dump(exclude_none=True)
             rows[name] = row
@@ -108,6 +110,8 @@ def simulate(workload: Workload, name: str, asked: Sequence[Job], seed: int) -> 
     speculation = Speculation() if SPECULATION in name else None
     outcome = Cluster(cost, workload.engines, engine.slots, workload.requests.limit, policy, engine.watermark,
                       speculation).run(asked)
+    if isinstance(policy, ContextAware | LongestRemaining):
+        outcome.lengths = policy.lengths.calibration.metrics()
     if speculation is None:
         for bound, seconds in bounds(asked, cost, workload.engines, engine.slots).items():
             if outcome.total_s < seconds * (1 - 1e-9):
