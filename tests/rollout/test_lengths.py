@@ -22,17 +22,16 @@ def test_an_unknown_group_is_taken_to_be_as_long_as_allowed():
 
 
 @settings(deadline=None)
-@given(st.lists(st.tuples(st.sampled_from("ab"), st.booleans(), st.integers(1, LIMIT)), max_size=30))
+@given(st.lists(st.tuples(st.sampled_from("ab"), st.integers(1, LIMIT)), max_size=30))
 def test_estimates_are_the_longest_length_seen(events):
     context = LengthContext(LIMIT)
-    finished, reached = {"a": [], "b": []}, {"a": [0], "b": [0]}
-    for group, over, tokens in events:
+    finished = {"a": [], "b": []}
+    for group, tokens in events:
         before = context.estimate(group)
-        changed = (context.finished if over else context.reached)(group, tokens)
-        (finished if over else reached)[group].append(tokens)
-        wanted = max(max(finished[group], default=LIMIT), max(reached[group]))
-        assert context.estimate(group) == wanted
-        assert changed == (wanted != before)
+        changed = context.finished(group, tokens)
+        finished[group].append(tokens)
+        assert context.estimate(group) == max(finished[group])
+        assert changed == (max(finished[group]) != before)
     assert context.next_prior() == {group: max(lengths) for group, lengths in finished.items() if lengths}
 
 
