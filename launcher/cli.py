@@ -96,6 +96,12 @@ def parser() -> argparse.ArgumentParser:
                                   allow_abbrev=False)
     add_commands(command, convert.add_subparsers(dest="action", required=True, metavar="ACTION"))
 
+    simulate = command(commands, "simulate", "compare rollout policies on a simulated cluster", _simulate,
+                       epilog="Any key of the workload can be set on top, e.g. --requests.correlation 0.5 --seeds 1.")
+    simulate.add_argument("workload", metavar="WORKLOAD", help="YAML file, see configs/workloads")
+    simulate.add_argument("--json", action="store_true", help="print one line")
+    simulate.add_argument("--html", metavar="FILE", help="also draw what the engines did")
+
     bench = command(commands, "bench", "measure one part", _bench, epilog=overrides)
     bench.add_argument("name", metavar="NAME", help="a module of launcher/bench")
     bench.add_argument("--json", action="store_true", help="print one line")
@@ -116,7 +122,7 @@ class _Parser(argparse.ArgumentParser):
 def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     """(command line, overrides). Of commands that read a configuration, every unknown `--flag` is an override."""
     command = " ".join(argv[:2] if argv[:1] == ["config"] else argv[:1])
-    if command not in ("train", "evaluate", "bench", "config check", "config show"):
+    if command not in ("train", "evaluate", "simulate", "bench", "config check", "config show"):
         return list(argv), []
     rest, overrides, remaining = [], [], list(argv)
     while remaining:
@@ -126,6 +132,10 @@ def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
             token = f"--resume={chosen}"
         if not token.startswith("--") or token.partition("=")[0] in ("--resume", "--json", "--help"):
             rest.append(token)
+            continue
+        if command == "simulate" and token.partition("=")[0] == "--html":
+            rest += [token, *(remaining[:1] if token == "--html" else [])]
+            remaining = remaining[1:] if token == "--html" else remaining
             continue
         overrides.append(token)
         if "=" not in token and remaining and not remaining[0].startswith("--"):
@@ -237,6 +247,25 @@ def _checkpoint_verify(arguments: argparse.Namespace) -> int:
     results = verified(arguments.folder)
     print_verified(results, arguments.json)
     return FAILED if any(results.values()) else DONE
+
+
+def _simulate(arguments: argparse.Namespace) -> None:
+    import json
+
+    from launcher.simulate import load_workload, print_results
+    from megatron_pbsd.simulation.experiment import run_experiment
+
+    experiment = run_experiment(load_workload(arguments.workload, arguments.overrides),
+                                lambda text: print(f"pbsd: {text}", file=sys.stderr))
+    results = experiment.results()
+    if arguments.json:
+        print(json.dumps(results))
+    else:
+        print_results(results)
+    if arguments.html:
+        from megatron_pbsd.simulation.picture import write_picture
+
+        write_picture(experiment, arguments.html)
 
 
 def _bench(arguments: argparse.Namespace) -> None:

@@ -7,7 +7,7 @@ next finished chunks, in one round trip.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from megatron_pbsd.rollout.engines.protocol import ChunkResult, EngineStatistics
 from megatron_pbsd.rollout.episode import Episode, EpisodeStart
 from megatron_pbsd.rollout.errors import RolloutError
 from megatron_pbsd.rollout.policies.least_loaded import LeastLoaded
-from megatron_pbsd.rollout.scheduler import Policy, Scheduler
+from megatron_pbsd.rollout.scheduler import Assignment, Policy, Scheduler
 from megatron_pbsd.rollout.sink import TrajectorySink
 from megatron_pbsd.trajectory import Group, Trajectory
 
@@ -65,7 +65,8 @@ class CollectStatistics:
 
 
 class Coordinator:
-    """engines: handles of `EngineHost` components, the same for the coordinator's whole life.
+    """engines: handles of `EngineHost` components, the same for the coordinator's whole life. policy: makes the policy
+    of each `collect`.
 
     `collect` is called from one thread; `progress` may be called from another at any time.
     """
@@ -76,7 +77,7 @@ class Coordinator:
         environment: Environment,
         config: RolloutConfig,
         client: Client,
-        policy: Policy = LeastLoaded(),
+        policy: Callable[[], Policy] = LeastLoaded,
     ):
         self._engines = {handle.name: handle for handle in engines}
         self._environment, self._config, self._client, self._policy = environment, config, client, policy
@@ -141,7 +142,7 @@ class Coordinator:
 
     def _run(self, episodes: Sequence[Episode], sink: TrajectorySink, done: int) -> None:
         """done: how many further trajectories need no running."""
-        pool = Pool(self._engines, self._client, self._config, self._policy)
+        pool = Pool(self._engines, self._client, self._config, self._policy())
         total = len(episodes) + done
         self._progress = Progress(done, total, 0)
         running = {episode.request_id: episode for episode in episodes}
@@ -189,13 +190,13 @@ class Pool:
         for name in engines:
             self._scheduler.engine_joined(name, config.slots)
         self._episodes: dict[str, Episode] = {}
-        self._to_start: dict[str, list[str]] = {name: [] for name in engines}
+        self._to_start: dict[str, list[Assignment]] = {name: [] for name in engines}
         self._to_release: dict[str, list[str]] = {name: [] for name in engines}
         self._outstanding: dict[str, tuple[Future, float]] = {}
 
     def submit(self, episode: Episode) -> None:
         self._episodes[episode.request_id] = episode
-        self._scheduler.submitted(episode.request_id, episode.group_id, episode.context_tokens)
+        self._scheduler.submitted(episode.request_id, episode.group_id, episode.context_tokens, episode.room)
 
     def finish(self, episode: Episode) -> None:
         holder = self._scheduler.request_finished(episode.request_id)
@@ -205,12 +206,12 @@ class Pool:
     def next_results(self) -> list[ChunkResult]:
         """Give the engines their work, and wait until one of them returns finished chunks."""
         for assignment in self._scheduler.decisions():
-            self._to_start[assignment.engine].append(assignment.request_id)
+            self._to_start[assignment.engine].append(assignment)
             if assignment.leaves is not None:
                 self._to_release[assignment.leaves].append(assignment.request_id)
         for name, handle in self._engines.items():
             if name not in self._outstanding and self._scheduler.in_flight(name):
-                chunks = [self._episodes[request_id].next_chunk() for request_id in self._to_start[name]]
+                chunks = [self._episodes[a.request_id].next_chunk(a.max_tokens) for a in self._to_start[name]]
                 call = handle.call("pump", chunks, self._to_release[name])
                 self._outstanding[name] = call, time.monotonic()
                 self._to_start[name], self._to_release[name] = [], []
@@ -218,7 +219,7 @@ class Pool:
         call, _ = self._outstanding.pop(name)
         results = self._client.result(call)
         for result in results:
-            self._scheduler.chunk_finished(result.request_id)
+            self._scheduler.chunk_finished(result.request_id, len(result.tokens))
         return results
 
     def _first_done(self) -> str:

@@ -74,13 +74,15 @@ class Episode:
         return len(self._context)
 
     @property
-    def _room(self) -> int:
+    def room(self) -> int:
         """Tokens that the present turn may still have."""
         return min(self._limits.max_turn_tokens - len(self._tokens), self._limits.max_context - len(self._context))
 
-    def next_chunk(self) -> Chunk:
-        start = self._start
-        return Chunk(start.trajectory_id, tuple(self._context), self._room, start.seed, start.temperature,
+    def next_chunk(self, max_tokens: int | None = None) -> Chunk:
+        """max_tokens: of this chunk, if it is to end before the turn has to."""
+        start, room = self._start, self.room
+        room = room if max_tokens is None else min(room, max_tokens)
+        return Chunk(start.trajectory_id, tuple(self._context), room, start.seed, start.temperature,
                      start.stop_token_ids, self._routed if start.routed_experts else None)
 
     @property
@@ -97,7 +99,7 @@ class Episode:
         self._log_probs += result.log_probs
         self._context += result.tokens
         self._versions = merged(self._versions, result.versions, offset)
-        if result.finish_reason == "stop" or self._room <= 0:
+        if result.finish_reason == "stop" or self.room <= 0:
             self._end_turn(result, environment)
 
     def _end_turn(self, result: ChunkResult, environment: Environment) -> None:

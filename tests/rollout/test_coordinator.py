@@ -1,14 +1,22 @@
 from dataclasses import replace
+from functools import partial
 
 import pytest
 from scripted_rollout import EchoEnvironment, ScriptedEngine, chosen_experts, expected, requests
 
 from megatron_pbsd.config import RolloutConfig
 from megatron_pbsd.controller.failures import ComponentDied, DeadlineExpired
+from megatron_pbsd.controller.inline import InlineRuntime
 from megatron_pbsd.rollout.coordinator import Coordinator, Progress
 from megatron_pbsd.rollout.engines.host import EngineHost
 from megatron_pbsd.rollout.errors import RolloutError
+from megatron_pbsd.rollout.length_context import LengthContext
+from megatron_pbsd.rollout.length_model import LengthModel
+from megatron_pbsd.rollout.policies.context_aware import ContextAware
+from megatron_pbsd.rollout.policies.divided import Divided
+from megatron_pbsd.rollout.policies.group_pinned import GroupPinned
 from megatron_pbsd.rollout.policies.least_loaded import LeastLoaded
+from megatron_pbsd.rollout.policies.longest_remaining import LongestRemaining
 from megatron_pbsd.rollout.sink import read_trajectories
 
 LIMITS = RolloutConfig(slots=3, max_turns=4, max_turn_tokens=10, max_context=60, deadline_s=60)
@@ -31,7 +39,18 @@ def collected(groups):
 def test_trajectories_are_the_same_on_any_engines(runtime, count, chunk_tokens):
     asked = requests(5, 3)
     coordinator = Coordinator(engines(runtime, count, chunk_tokens=chunk_tokens), EchoEnvironment(), LIMITS,
-                              runtime.client, LeastLoaded(spread=1))
+                              runtime.client, partial(LeastLoaded, spread=1))
+    assert collected(coordinator.collect(asked, step=1, seed=5, temperature=1.0)) == wanted(asked)
+    assert collected(coordinator.collect(asked, step=2, seed=6, temperature=1.0)) == wanted(asked, 2, 6)
+
+
+@pytest.mark.parametrize("policy", [
+    GroupPinned, partial(Divided, 3), lambda: ContextAware(3, LengthContext(40)),
+    lambda: LongestRemaining(3, LengthModel(40))])
+def test_trajectories_are_the_same_under_any_policy(policy):
+    """Division in chunks of 3 tokens included."""
+    asked, runtime = requests(5, 3), InlineRuntime()
+    coordinator = Coordinator(engines(runtime, 2), EchoEnvironment(), LIMITS, runtime.client, policy)
     assert collected(coordinator.collect(asked, step=1, seed=5, temperature=1.0)) == wanted(asked)
     assert collected(coordinator.collect(asked, step=2, seed=6, temperature=1.0)) == wanted(asked, 2, 6)
 
@@ -40,7 +59,7 @@ def test_trajectories_are_the_same_on_any_engines(runtime, count, chunk_tokens):
 def test_routed_experts_travel_to_the_trajectory_and_its_file(runtime, chunk_tokens, tmp_path):
     asked, sink = requests(4, 2), tmp_path / "sink.jsonl"
     coordinator = Coordinator(engines(runtime, 2, chunk_tokens=chunk_tokens), EchoEnvironment(), LIMITS,
-                              runtime.client, LeastLoaded(spread=1))
+                              runtime.client, partial(LeastLoaded, spread=1))
     groups = coordinator.collect(asked, step=1, seed=5, temperature=1.0, sink=sink, routed_experts=True)
     for got, bare in zip(collected(groups), wanted(asked), strict=True):
         for trajectory, plain in zip(got, bare, strict=True):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -122,7 +123,7 @@ def collect(folder: Path, engines: int, slots: int, most: int, routed_experts: b
     handles = [
         runtime.spawn(f"engine-{i}", EngineHost, ChunkedEngine, name=f"engine-{i}", model_path=str(folder),
                       slots=slots, max_context=100, most=most) for i in range(engines)]
-    coordinator = Coordinator(handles, EchoEnvironment(), limits, runtime.client, LeastLoaded(spread=1))
+    coordinator = Coordinator(handles, EchoEnvironment(), limits, runtime.client, partial(LeastLoaded, spread=1))
     groups = coordinator.collect(requests(3, 2), step=1, seed=2, temperature=1.0, routed_experts=routed_experts)
     return [trajectory for group in groups for trajectory in group.trajectories]
 
