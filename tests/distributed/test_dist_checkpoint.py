@@ -26,7 +26,7 @@ def megatron_saves(rank, rendezvous, model, layout, target, layer_axis):
     """Megatron-core's own save of a GPTModel."""
     from megatron.core import dist_checkpointing
 
-    from megatron_pbsd.learner.state import InProcessSave
+    from tests.distributed.megatron_save import InProcessSave
 
     with learner(rank, rendezvous, model, layout) as built:
         metadata = METADATA | {"non_homogeneous_layers": not layer_axis}

@@ -391,6 +391,7 @@ def expires_often(rank, rendezvous):
         return sum(caught(run)[0] is not None for _ in range(150))
 
 
+@pytest.mark.slow
 def test_a_process_survives_that_its_deadlines_expire_while_it_runs(ranks):
     """Reading stacks from outside the interpreter while it runs ends it, in one of some hundred times."""
     assert ranks.run(expires_often, 1) == [150]

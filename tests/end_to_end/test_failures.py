@@ -130,7 +130,8 @@ def wait_for_rollout_after(run, done):
     raise AssertionError(run.process.communicate()[1])
 
 
-@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("sent", "code"), [
+    (signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)])
 def test_an_interrupted_run_stops_cleanly(pbsd, sent, code):
     run = pbsd(f"interrupted-{sent.name}", *SMALL, "--steps", "1000")
     run.wait_for_step(1)
@@ -144,6 +145,7 @@ def test_an_interrupted_run_stops_cleanly(pbsd, sent, code):
     assert none_left(family)
 
 
+@pytest.mark.slow
 def test_a_corrupt_checkpoint_is_named_with_the_one_to_go_on_from(pbsd):
     options = (*SMALL, *INLINE, "--checkpoint.every", "1")
     run = pbsd("corrupt", *options, "--steps", "2")

@@ -42,6 +42,7 @@ def test_grpo_needs_no_pass_before_the_update(pbsd):
     assert row["loss/ratio_mean"] == row["loss/ratio_max"] == 1.0
 
 
+@pytest.mark.slow
 def test_ppo_asks_for_values_alone(pbsd):
     """A new value head says 0 everywhere: the first step's returns are GAE's of the rewards."""
     run = pbsd("ppo", *SMALL, *INLINE, "--steps", "1", "--algorithm.name", "ppo", "--algorithm.gae_lambda", "1")
@@ -53,6 +54,7 @@ def test_ppo_asks_for_values_alone(pbsd):
     assert row["loss/returns"] == pytest.approx(mean, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_the_reference_stays_what_the_run_started_from(pbsd):
     """At first policy and reference are the same; after a step the policy has moved and the reference has not."""
     first, second = pbsd("penalised", *SMALL, *INLINE, "--steps", "2", "--algorithm.name", "reinforce_pp",
@@ -61,6 +63,7 @@ def test_the_reference_stays_what_the_run_started_from(pbsd):
     assert abs(second["credit/kl_reference"]) > 1e-4
 
 
+@pytest.mark.slow
 def test_dynamic_sampling_trains_on_what_differs_and_keeps_the_rest(pbsd):
     run = pbsd("dapo", *SMALL, *INLINE, "--steps", "1", "--algorithm.name", "dapo",
                "--algorithm.sampling_attempts", "2")
