@@ -7,7 +7,8 @@ from pathlib import Path
 
 from megatron_pbsd.checkpointing.errors import CheckpointError, named
 from megatron_pbsd.checkpointing.manifest import Manifest, file_problems, read_manifest
-from megatron_pbsd.checkpointing.torch_dist import BACKEND, Entry, Reader
+from megatron_pbsd.checkpointing.torch_dist import Reader
+from megatron_pbsd.checkpointing.torch_dist_index import BACKEND, Entry
 
 LEARNER = "learner"
 """Folder in a checkpoint of a run that holds the learner's distributed checkpoint."""

@@ -15,14 +15,8 @@ import torch.distributed.checkpoint as torch_checkpoint
 from hypothesis import given, settings, strategies as st
 
 from megatron_pbsd.checkpointing.errors import CheckpointError
-from megatron_pbsd.checkpointing.torch_dist import (
-    METADATA,
-    Reader,
-    Writer,
-    assemble,
-    unfinished,
-    write_common,
-)
+from megatron_pbsd.checkpointing.torch_dist import Reader, Writer, assemble, unfinished, write_common
+from megatron_pbsd.checkpointing.torch_dist_index import METADATA
 
 DTYPES = [torch.float32, torch.bfloat16, torch.int64, torch.uint8]
 

@@ -16,7 +16,8 @@ import xxhash
 
 from megatron_pbsd.checkpointing.errors import CheckpointError
 from megatron_pbsd.checkpointing.hf_folder import CHECKSUMS, INDEX, SINGLE
-from megatron_pbsd.checkpointing.torch_dist import BACKEND, COMMON, METADATA, SUFFIX, Reader
+from megatron_pbsd.checkpointing.torch_dist import COMMON, SUFFIX, Reader
+from megatron_pbsd.checkpointing.torch_dist_index import BACKEND, METADATA
 from megatron_pbsd.models import family
 from megatron_pbsd.models.hf_config import read
 

@@ -12,11 +12,11 @@ from typing import Any, Protocol, TypeVar
 import torch
 import xxhash
 
+from megatron_pbsd.checkpointing.boxes import Box
 from megatron_pbsd.checkpointing.errors import CheckpointError
 from megatron_pbsd.checkpointing.hf_folder import raw
 
 Item = TypeVar("Item")
-Box = tuple[slice, ...]
 PIECE = 64 << 20
 """Bytes of a tensor that are looked at together, where nothing is written."""
 RELEASE_EVERY = 32 << 20

@@ -13,6 +13,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from megatron_pbsd.checkpointing.boxes import Box
 from megatron_pbsd.checkpointing.conversion.locate import (
     TRACKER,
     changed_index,
@@ -22,7 +23,6 @@ from megatron_pbsd.checkpointing.conversion.locate import (
     write_checksums,
 )
 from megatron_pbsd.checkpointing.conversion.plan import (
-    Box,
     Digests,
     Meter,
     balanced,
@@ -36,7 +36,8 @@ from megatron_pbsd.checkpointing.conversion.plan import (
 from megatron_pbsd.checkpointing.conversion.to_hf import PADDED, WEIGHTS
 from megatron_pbsd.checkpointing.errors import CheckpointError
 from megatron_pbsd.checkpointing.hf_folder import CHECKSUMS
-from megatron_pbsd.checkpointing.torch_dist import BACKEND, METADATA, SUFFIX, Reader, Writer, assemble, listed
+from megatron_pbsd.checkpointing.torch_dist import SUFFIX, Reader, Writer, assemble, listed
+from megatron_pbsd.checkpointing.torch_dist_index import BACKEND, METADATA
 from megatron_pbsd.config import ParallelConfig
 from megatron_pbsd.models import family
 from megatron_pbsd.models.dist_checkpoint import has_layer_axis, rank_boxes

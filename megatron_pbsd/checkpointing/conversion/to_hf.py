@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from megatron_pbsd.checkpointing.boxes import Box
 from megatron_pbsd.checkpointing.conversion.locate import (
     changed_index,
     locate,
@@ -20,7 +21,6 @@ from megatron_pbsd.checkpointing.conversion.locate import (
     write_config,
 )
 from megatron_pbsd.checkpointing.conversion.plan import (
-    Box,
     Digests,
     Meter,
     Scratch,
