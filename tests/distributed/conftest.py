@@ -20,7 +20,7 @@ MODELS = {
 """name → family and what differs from its tiny model; eight layers are four pipeline ranks of two chunks each."""
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def ranks():
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     pool = RankPool(4)
