@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import importlib
 import multiprocessing
+import os
 import sys
 import time
 import traceback
@@ -15,6 +16,9 @@ import torch
 from megatron_pbsd.learner.group import free_port
 
 PRELOAD = ["megatron_pbsd.learner.learner", "megatron_pbsd.platform.cpu_modules"]
+MOST_THREADS = 150
+"""A model with the distributed optimizer is in cycles that Python cannot collect, and with it are its process groups,
+whose threads poll: with hundreds of them all else is slow. Ranks that have more are started anew."""
 
 
 class RankFailure(AssertionError):
@@ -26,6 +30,7 @@ def _serve(connection: Connection, path: list[str]) -> None:
     torch.set_num_threads(1)
     # What is imported by now stays: collecting the rest after each call is cheap, and ends the threads of its groups.
     gc.freeze()
+    threads = 0
     while True:
         try:
             module, name, args = connection.recv()
@@ -35,9 +40,10 @@ def _serve(connection: Connection, path: list[str]) -> None:
             result = (True, getattr(importlib.import_module(module), name)(*args))
         except Exception:
             result = (False, traceback.format_exc())
-        connection.send(result)
+        connection.send((*result, threads))
         del result
         gc.collect()
+        threads = len(os.listdir("/proc/self/task"))
 
 
 class RankPool:
@@ -54,6 +60,7 @@ class RankPool:
         for rank, (_, connection) in enumerate(self.ranks[:world_size]):
             connection.send((function.__module__, function.__name__, (rank, rendezvous, *args)))
         results: dict[int, object] = {}
+        most = 0
         limit = time.monotonic() + deadline_s
         while len(results) < world_size:
             waiting = {self.ranks[r][1]: r for r in range(world_size) if r not in results}
@@ -63,12 +70,14 @@ class RankPool:
             for connection in ready:
                 rank = waiting[connection]
                 try:
-                    succeeded, value = connection.recv()
+                    succeeded, value, threads = connection.recv()
                 except EOFError:
                     self._fail(f"rank {rank} died")
                 if not succeeded:
                     self._fail(f"rank {rank} raised:\n{value}")
-                results[rank] = value
+                results[rank], most = value, max(most, threads)
+        if most > MOST_THREADS:
+            self.close()
         return [results[rank] for rank in range(world_size)]
 
     def close(self) -> None:
