@@ -128,7 +128,7 @@ def mortals():
 def outcome(connection):
     assert connection.poll(30)
     try:
-        succeeded, value = connection.recv()
+        succeeded, value, _ = connection.recv()
     except EOFError:
         return None
     assert succeeded, value
