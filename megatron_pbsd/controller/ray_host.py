@@ -56,7 +56,13 @@ class Host:
         finally:
             self._built.set()
 
-    def call(self, method: str, /, *args: Any, **kwargs: Any) -> Any:
+    def attempted(self) -> None:
+        """Done once `build` is, whether it succeeded or raised."""
+
+    def call(self, attempted: None, method: str, /, *args: Any, **kwargs: Any) -> Any:
+        return self._call(method, *args, **kwargs)
+
+    def _call(self, method: str, /, *args: Any, **kwargs: Any) -> Any:
         if not hasattr(self, "_component"):
             raise RuntimeError(f"{self._name}.{method} was called, but {self._name} could not be constructed")
         return getattr(self._component, method)(*args, **kwargs)
@@ -64,7 +70,7 @@ class Host:
     @ray.method(concurrency_group="observe")
     def observe(self, method: str, /, *args: Any, **kwargs: Any) -> Any:
         self._built.wait()
-        return self.call(method, *args, **kwargs)
+        return self._call(method, *args, **kwargs)
 
 
 @dataclass(frozen=True)
@@ -74,14 +80,17 @@ class RayHandle:
     actor: ActorHandle
     pid: ray.ObjectRef
     built: ray.ObjectRef
+    attempted: ray.ObjectRef
 
     @classmethod
     def start(cls, name: str, log: str, factory: Callable[..., Any], /, *args: Any, **kwargs: Any) -> RayHandle:
         actor = Host.remote(name, log)
-        return cls(name, log, actor, actor.pid.remote(), actor.build.remote(factory, *args, **kwargs))
+        built = actor.build.remote(factory, *args, **kwargs)
+        return cls(name, log, actor, actor.pid.remote(), built, actor.attempted.remote())
 
     def call(self, method: str, /, *args: Any, **kwargs: Any) -> RayFuture:
-        return RayFuture(self.actor.call.remote(method, *args, **kwargs), self)
+        # Ray keeps the order of one process's calls only: another component's would overtake `build`.
+        return RayFuture(self.actor.call.remote(self.attempted, method, *args, **kwargs), self)
 
     def observe(self, method: str, /, *args: Any, **kwargs: Any) -> RayFuture:
         return RayFuture(self.actor.observe.remote(method, *args, **kwargs), self)

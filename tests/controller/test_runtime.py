@@ -71,6 +71,18 @@ def test_handles_work_inside_components(runtime):
     assert runtime.result(caller.call("total")) == 3
 
 
+def test_another_components_call_waits_for_a_component_to_be_built(ray_runtime):
+    gate = ray_runtime.spawn("gate", Counter)
+    opened = gate.call("block")
+    late = ray_runtime.spawn("late", Counter, start=opened.reference)
+    caller = ray_runtime.spawn("caller", Counter, peers=[late], client=ray_runtime.client)
+    ray_runtime.result(caller.ready())
+    total = caller.call("total")
+    assert ray_runtime.wait([total], timeout=1.0)[0] == [], "the call did not wait"
+    ray_runtime.result(gate.observe("release"))
+    assert ray_runtime.result(total) == 1
+
+
 def test_a_shared_value_reaches_all_receivers(runtime):
     shared = runtime.share(np.ones(50_000))
     counters = [runtime.spawn(f"receiver-{i}", Counter) for i in range(2)]
