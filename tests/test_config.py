@@ -117,7 +117,9 @@ def test_checkpoints_that_cannot_be_kept_as_asked(checkpoint, evaluation, words)
         RunConfig.model_validate({**MINIMAL, "checkpoint": checkpoint, "evaluation": evaluation})
 
 
-def test_checkpoints_as_they_may_be_kept():
-    for checkpoint in ({"every": 20, "keep_every": 40}, {"every": 20, "best": {"metric": "eval/f1"}},
-                       {"every": 7, "best": {"metric": "loss/total", "direction": "min"}}, {"every": 0, "keep": 1}):
-        RunConfig.model_validate({**MINIMAL, "checkpoint": checkpoint, "evaluation": {"every": 10}})
+@pytest.mark.parametrize("checkpoint", [
+    {"every": 20, "keep_every": 40}, {"every": 20, "best": {"metric": "eval/f1", "direction": "max"}},
+    {"every": 7, "best": {"metric": "loss/total", "direction": "min"}}, {"every": 0, "keep": 1}])
+def test_checkpoints_as_they_may_be_kept(checkpoint):
+    config = RunConfig.model_validate({**MINIMAL, "checkpoint": checkpoint, "evaluation": {"every": 10}})
+    assert checkpoint.items() <= config.checkpoint.model_dump().items()

@@ -89,7 +89,9 @@ class HfFolder:
 
     def read(self, name: str, index: Index) -> torch.Tensor:
         """That part of the tensor: a view of the file, not to be written to."""
-        tensor = self.tensors[name]
+        return self._part(self.tensors[name], index)
+
+    def _part(self, tensor: HfTensor, index: Index) -> torch.Tensor:
         if not index:
             return self._rows(tensor, tensor.start, tensor.shape)
         rows, *columns = index

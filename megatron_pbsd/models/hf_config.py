@@ -78,7 +78,7 @@ DECODER_FIELDS: Mapping[str, FieldRule] = {
     "hidden_act": only("silu"),
     "is_encoder_decoder": only(False),
     "chunk_size_feed_forward": only(0),
-    "quantization_config": only(None, advice="dequantise the weights, to bfloat16 say, and leave the field out"),
+    "quantization_config": only(None, advice="`pbsd convert` dequantises; give this its result"),
     **{name: ignored() for name in (
         "architectures", "transformers_version", "dtype", "torch_dtype", "use_cache", "bos_token_id", "eos_token_id",
         "pad_token_id", "_name_or_path", "return_dict", "output_hidden_states", "output_attentions", "id2label",

@@ -138,9 +138,9 @@ def test_671_billion_are_deepseek_v3_without_multi_token_prediction():
 
 
 @pytest.mark.parametrize("hf", [DEEPSEEK, KIMI], ids=["DeepSeek-V3", "Kimi-K2"])
-def test_8_bit_weights_are_refused(hf):
+def test_8_bit_weights_are_to_be_converted(hf):
     quantized = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
-    with pytest.raises(ModelError, match="'quantization_config' = .* is not implemented; .*dequantise the weights"):
+    with pytest.raises(ModelError, match="'quantization_config' = .* is not implemented; .*pbsd convert"):
         family(hf | {"quantization_config": quantized})
 
 

@@ -8,16 +8,16 @@ from typing import Protocol
 
 import torch
 
+from megatron_pbsd.checkpointing.block_scaled import read_plain, weights
 from megatron_pbsd.checkpointing.conversion.locate import changed_index, is_hf, locate, model_config
 from megatron_pbsd.checkpointing.conversion.plan import PIECE, Box, Digests, Meter, box_steps, require
 from megatron_pbsd.checkpointing.conversion.to_hf import MegatronWeights, hf_parts
 from megatron_pbsd.checkpointing.conversion.to_megatron import left_out_problems
 from megatron_pbsd.checkpointing.errors import CheckpointError
-from megatron_pbsd.checkpointing.hf_folder import CHECKSUMS, HfFolder
+from megatron_pbsd.checkpointing.hf_folder import CHECKSUMS
 from megatron_pbsd.checkpointing.torch_dist import Reader
 from megatron_pbsd.models import family
 from megatron_pbsd.models.errors import ModelError
-from megatron_pbsd.models.hf_config import read
 
 Progress = Callable[[int, int], None]
 """(bytes done, bytes in all)."""
@@ -79,7 +79,7 @@ def differences(
 
 class _HfWeights:
     def __init__(self, folder: Path):
-        self._folder = HfFolder(folder)
+        self._folder = weights(folder)
         skip = _ignored(folder)
         self.tensors = {name: (t.dtype, t.shape) for name, t in self._folder.tensors.items() if not skip(name)}
 
@@ -141,30 +141,30 @@ def _equal_steps(parts: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
 
 def _hf_damage(folder: Path, progress: Progress) -> list[str]:
     try:
-        hf = read(folder)
-        model, weights = family(hf), HfFolder(folder)
-        recorded = weights.checksums()
+        hf = read_plain(folder)
+        model, held = family(hf), weights(folder)
+        recorded = held.checksums()
     except ModelError as error:
         return [str(error)]
-    found = [f"{folder}: {problem}" for problem in weights.problems(
+    found = [f"{folder}: {problem}" for problem in held.problems(
         model.hf_tensors(hf), lambda name: model.ignored_tensor(hf, name))]
-    found = found or [f"{folder}: {problem}" for problem in left_out_problems(weights, model.decoder(hf))]
-    total, done = sum(t.nbytes for t in weights.tensors.values()), 0
+    found = found or [f"{folder}: {problem}" for problem in left_out_problems(held, model.decoder(hf))]
+    total, done = sum(t.nbytes for t in held.tensors.values()), 0
 
     def count(nbytes: int) -> None:
         nonlocal done
         done += nbytes
         progress(done, total)
 
-    meter = Meter(count, weights)
+    meter = Meter(count, held)
     digests = Digests()
-    for name in weights.tensors:
-        for part in hf_parts(weights, name, PIECE):
+    for name in held.tensors:
+        for part in hf_parts(held, name, PIECE):
             digests.update(name, part)
             meter(part.nbytes)
-    found += [f"{folder / weights.tensors[name].file}: {name} is not what {CHECKSUMS} says"
+    found += [f"{folder / held.tensors[name].file}: {name} is not what {CHECKSUMS} says"
               for name in digests.differing(recorded) if name in recorded]
-    return found + [f"{folder}: {name} is in {CHECKSUMS} only" for name in recorded if name not in weights.tensors]
+    return found + [f"{folder}: {name} is in {CHECKSUMS} only" for name in recorded if name not in held.tensors]
 
 
 def _checkpoint_damage(checkpoint: Path, config: Path | None, progress: Progress) -> list[str]:
@@ -199,7 +199,7 @@ def _ignored(folder: Path) -> Callable[[str], bool]:
     """Tensors that are no part of the model, if the folder says what model it is of."""
     if not (folder / "config.json").is_file():
         return lambda name: False
-    hf = read(folder)
+    hf = read_plain(folder)
     model = family(hf)
     return lambda name: model.ignored_tensor(hf, name)
 

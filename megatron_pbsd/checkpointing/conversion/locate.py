@@ -14,12 +14,12 @@ from typing import Any
 
 import xxhash
 
+from megatron_pbsd.checkpointing.block_scaled import read_plain
 from megatron_pbsd.checkpointing.errors import CheckpointError
 from megatron_pbsd.checkpointing.hf_folder import CHECKSUMS, INDEX, SINGLE
 from megatron_pbsd.checkpointing.torch_dist import COMMON, SUFFIX, Reader
 from megatron_pbsd.checkpointing.torch_dist_index import BACKEND, METADATA
 from megatron_pbsd.models import family
-from megatron_pbsd.models.hf_config import read
 
 TRACKER, RELEASE = "latest_checkpointed_iteration.txt", "release"
 HF = "hf"
@@ -58,12 +58,12 @@ def model_config(checkpoint: Path, given: Path | None) -> tuple[dict[str, Any], 
     one that the checkpoint keeps. CheckpointError when there is none, or these two are of different families."""
     kept, folder = None, checkpoint / HF
     if folder.is_dir():
-        kept = read(folder)
+        kept = read_plain(folder)
     elif given is None or (checkpoint / COMMON).is_file():
         folder, common = None, Reader(checkpoint).common() if given is None else _common(checkpoint)
         kept = dict(common[CONFIG]) if isinstance(common.get(CONFIG), Mapping) else None
     if given is not None:
-        hf = read(given)
+        hf = read_plain(given)
         if kept is not None:
             _require_same_model(hf, kept, given, checkpoint)
         return hf, given

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from megatron_pbsd.checkpointing.block_scaled import read_plain, weights
 from megatron_pbsd.checkpointing.conversion.locate import (
     CONFIG,
     HF,
@@ -42,7 +43,6 @@ from megatron_pbsd.models import family
 from megatron_pbsd.models.decoder import Decoder, kept_in_float32
 from megatron_pbsd.models.dist_checkpoint import Unit, alternates, extra_states, units
 from megatron_pbsd.models.errors import ModelError
-from megatron_pbsd.models.hf_config import read
 
 FILE_BYTES = 1 << 30
 CONTENT = {"non_homogeneous_layers": True, "singleton_local_shards": False}
@@ -65,7 +65,7 @@ class ToMegatron:
 
     def problems(self) -> list[str]:
         try:
-            hf = read(self.source)
+            hf = read_plain(self.source)
             folder, model = self._folder, family(hf)
         except ModelError as error:
             return [str(error)]
@@ -142,11 +142,11 @@ class ToMegatron:
 
     @cached_property
     def _folder(self) -> HfFolder:
-        return HfFolder(self.source)
+        return weights(self.source, self.dtype)
 
     @cached_property
     def _decoder(self) -> Decoder:
-        hf = read(self.source)
+        hf = read_plain(self.source)
         return family(hf).decoder(hf)
 
     @cached_property
@@ -179,7 +179,7 @@ class ToMegatron:
                 if len({self._folder.tensors[piece.hf_name].dtype for piece in unit.pieces}) > 1]
 
     def _config(self) -> dict[str, Any]:
-        return with_dtype(read(self.source), self.dtype)
+        return with_dtype(read_plain(self.source), self.dtype)
 
     def _dtype(self, unit: Unit) -> torch.dtype:
         name = unit.pieces[0].hf_name
