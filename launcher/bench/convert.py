@@ -3,7 +3,8 @@
 Two models with random bits for weights: `small`, the sizes of SmolLM2-135M, and `moe`, a mixture of experts of more
 than 4 GB; both bfloat16. Everything is synced to disk, cp's copies too, and read from the page cache. A page that a
 virtual machine has not used for a while comes from its host, which was measured to be six times slower than using one
-again: before each measurement as much as it will write is written, and removed when it begins.
+again: before each measurement what it will read is read, and as much as it will write is written, and removed when it
+begins.
 
 The seconds of a conversion are those of `convert` with the start of its processes and the check of every tensor that
 it wrote; importing torch before, `startup_s`, is not in them. A ratio is that of a conversion to the mean of the copies
@@ -145,8 +146,12 @@ def write_model(config: dict[str, Any], folder: Path) -> int:
     return max(sizes.values())
 
 
-def spare(folder: Path) -> Path:
-    """Files whose pages a measurement is to use again."""
+def spare(folder: Path, source: str) -> Path:
+    """Files whose pages a measurement is to use again; what it will read is in the page cache."""
+    for path in (path for path in (folder / source).rglob("*") if path.is_file()):
+        with path.open("rb") as opened:
+            while opened.read(16 << 20):
+                pass
     subprocess.run(["cp", "-r", folder / "hf", folder / "spare"], check=True)
     os.sync()
     return folder / "spare"
@@ -154,7 +159,7 @@ def spare(folder: Path) -> Path:
 
 def copied(folder: Path) -> tuple[float, float]:
     """Seconds of `cp` of the Hugging Face folder, without and with a sync of the copy."""
-    shutil.rmtree(spare(folder))
+    shutil.rmtree(spare(folder, "hf"))
     started = time.perf_counter()
     subprocess.run(["cp", "-r", folder / "hf", folder / "copy"], check=True)
     unsynced = time.perf_counter() - started
@@ -193,7 +198,7 @@ KINDS: dict[str, tuple[Callable[[Path], Any], str, str]] = {
 
 
 def converted(make: Callable[[Path], Any], source: Path, target: Path) -> Cost:
-    used = spare(source.parent)
+    used = spare(source.parent, source.name)
     started = time.perf_counter()
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         future = pool.submit(_convert, make, source, target, used)

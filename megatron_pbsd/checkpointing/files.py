@@ -23,7 +23,7 @@ AHEAD = 32 << 20
 """Bytes."""
 PIECE = 256 << 10
 """Bytes that are written at a time: what is hashed is still in the processor's cache, and the page cache finds room for
-it more easily than for more at once."""
+it more easily than for more at once. They begin at multiples of it: others the page cache keeps in smaller units."""
 
 
 class HashedFile(io.RawIOBase):
@@ -31,7 +31,7 @@ class HashedFile(io.RawIOBase):
 
     def __init__(self, path: Path):
         super().__init__()
-        self._file, self._hash = path.open("xb", buffering=1 << 20), xxhash.xxh3_128()
+        self._file, self._hash = path.open("xb", buffering=PIECE), xxhash.xxh3_128()
         self._at = self._begun = 0
 
     def writable(self) -> bool:
@@ -39,8 +39,10 @@ class HashedFile(io.RawIOBase):
 
     def write(self, data: Any) -> int:
         with memoryview(data) as view, view.cast("B") as elements:
-            for start in range(0, len(elements), PIECE):
-                with elements[start : start + PIECE] as piece:
+            end = self._at + len(elements)
+            while self._at < end:
+                start = len(elements) - (end - self._at)
+                with elements[start : start + PIECE - self._at % PIECE] as piece:
                     self._hash.update(piece)
                     self._at += self._file.write(piece)
                 if self._at - self._begun >= AHEAD:
@@ -74,6 +76,7 @@ class MappedFile:
     """A file whose pages are read as they are touched. OSError or ValueError when it is missing or empty."""
 
     def __init__(self, path: Path):
+        self._path = path
         with path.open("rb") as opened:
             self.data = mmap.mmap(opened.fileno(), 0, flags=mmap.MAP_PRIVATE | NO_RESERVE,
                                   prot=mmap.PROT_READ | mmap.PROT_WRITE)
@@ -91,6 +94,12 @@ class MappedFile:
     def release(self) -> None:
         """Give the pages back to the page cache; they come again when they are touched."""
         self.data.madvise(mmap.MADV_DONTNEED)
+
+    def forget(self) -> None:
+        """Give the pages back, and let the page cache use those that are on disk for something else."""
+        self.release()
+        with self._path.open("rb") as opened:
+            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def write_synced(path: Path, data: bytes) -> None:

@@ -104,6 +104,11 @@ class HfFolder:
         for mapped in self._maps.values():
             mapped.release()
 
+    def forget(self) -> None:
+        """The same, and let the page cache use those that are on disk for something else."""
+        for mapped in self._maps.values():
+            mapped.forget()
+
     def checksums(self) -> dict[str, str]:
         """Tensor → xxh3_128 of its bytes, in hex, as whoever wrote the folder left them; often nobody did."""
         path = self.folder / CHECKSUMS

@@ -17,12 +17,8 @@ import contextlib
 import difflib
 import io
 import json
-import mmap
-import os
-import struct
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -38,8 +34,6 @@ from megatron_pbsd.checkpointing.torch_dist_index import Entry, Stored, read_ind
 
 COMMON = "common.pt"
 SUFFIX = ".distcp"
-ELEMENTS = "/data/0"
-"""What torch.save calls the elements of the tensor, in the archive it makes."""
 STEP = 64 << 20
 """Bytes."""
 
@@ -80,7 +74,7 @@ class Writer:
         listing = self._folder / f"{self.name}.json"
         unfinished = listing.with_suffix(".json.new")
         unfinished.write_text(json.dumps({"checksum": checksum, "entries": [
-            {**asdict(e), "dtype": e.dtype and str(e.dtype).removeprefix("torch.")} for e in self.entries]}))
+            {**vars(e), "dtype": e.dtype and str(e.dtype).removeprefix("torch.")} for e in self.entries]}))
         unfinished.rename(listing)
 
 
@@ -187,6 +181,11 @@ class Reader:
         for mapped in self._maps.values():
             mapped.release()
 
+    def forget(self) -> None:
+        """The same, and let the page cache use those that are on disk for something else."""
+        for mapped in self._maps.values():
+            mapped.forget()
+
     def object(self, key: str) -> Any:
         entry = self.objects[key]
         data = self._map(entry.file).data[entry.start : entry.start + entry.length]
@@ -220,10 +219,10 @@ class Reader:
     def intact(self, entry: Entry) -> bool:
         """Whether the bytes of a part, or object, are those that were written; torch.save left checksums of them."""
         try:
-            saved = _Slice(self._map(entry.file).data, entry.start, entry.length)
+            saved = archive.Slice(self._map(entry.file).data, entry.start, entry.length)
             with zipfile.ZipFile(saved) as opened:
                 for record in opened.infolist():
-                    if entry.shape is None or not record.filename.endswith(ELEMENTS):
+                    if entry.shape is None or not record.filename.encode().endswith(archive.ELEMENTS):
                         opened.read(record)
             if entry.shape is None:
                 return True
@@ -252,24 +251,13 @@ class Reader:
                 raise CheckpointError(f"{path} is missing or empty: {error}") from error
         return self._maps[file]
 
-    def _elements(self, part: Entry) -> tuple[int, int, int]:
-        """Where in the file the elements begin, how many bytes they take, and their CRC-32 when they were written."""
-        saved = _Slice(self._map(part.file).data, part.start, part.length)
+    def _elements(self, part: Entry) -> archive.Elements:
         try:
-            with zipfile.ZipFile(saved) as opened:
-                record = next(info for info in opened.infolist() if info.filename.endswith(ELEMENTS))
-            # A local header's name and padding are of lengths that it tells itself.
-            header = part.start + record.header_offset
-            name, extra = struct.unpack_from("<HH", saved.data, header + 26)
-            start = header + 30 + name + extra
-            if record.compress_type != zipfile.ZIP_STORED or start + record.file_size > part.start + part.length:
-                raise zipfile.BadZipFile("its elements are not where they should be")
+            return archive.elements(self._map(part.file).data, part.start, part.length)
         except Exception as error:
-            # What has other bytes than an archive's can fail to be one in any way.
             raise CheckpointError(
                 f"{self.folder / part.file}: {part.key} at {part.offset} is truncated or damaged: "
                 f"{str(error) or repr(error)}") from error
-        return start, record.file_size, record.CRC
 
     def _crc(self, file: str, start: int, length: int) -> int:
         """A step at a time, so that few pages are held."""
@@ -281,34 +269,6 @@ class Reader:
                 if length > STEP:
                     mapped.release()
         return found
-
-
-class _Slice(io.RawIOBase):
-    """A part of a mapped file as a file."""
-
-    def __init__(self, data: mmap.mmap, start: int, length: int):
-        super().__init__()
-        self.data, self._start, self._length, self._at = data, start, length, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._at
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._length}[whence]
-        return self._at
-
-    def readinto(self, buffer: Any) -> int:
-        start = self._start + self._at
-        data = self.data[start : min(start + len(buffer), self._start + self._length)]
-        buffer[: len(data)] = data
-        self._at += len(data)
-        return len(data)
 
 
 def write_common(folder: Path, common: Mapping[str, Any]) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pickle
 import re
 import shutil
+import zipfile
 from math import prod
 
 import pytest
@@ -14,6 +16,7 @@ import torch
 import torch.distributed.checkpoint as torch_checkpoint
 from hypothesis import given, settings, strategies as st
 
+from megatron_pbsd.checkpointing import archive
 from megatron_pbsd.checkpointing.errors import CheckpointError
 from megatron_pbsd.checkpointing.torch_dist import Reader, Writer, assemble, unfinished, write_common
 from megatron_pbsd.checkpointing.torch_dist_index import METADATA
@@ -148,6 +151,45 @@ def test_a_bit_flipped_in_any_element_is_named(written):
     for position in range(start, start + len(elements)):
         path.write_bytes(intact[:position] + bytes([intact[position] ^ 16]) + intact[position + 1:])
         assert Reader(folder).damaged() == [f"{path}: first at (0, 0) is damaged"]
+
+
+@settings(max_examples=60)
+@given(data=st.data(), dtype=st.sampled_from(DTYPES), before=st.integers(0, 100))
+def test_elements_are_where_zipfile_finds_them(tmp_path_factory, data, dtype, before):
+    """Of archives of torch's writer and of ours; and of damaged ones they are there, or not found."""
+    tensor = random_tensor(data.draw(st.lists(st.integers(0, 4), max_size=3)), dtype)
+    stream = io.BytesIO(bytes(before))
+    stream.seek(before)
+    data.draw(st.sampled_from([torch.save, archive.save]))(tensor, stream)
+    saved = stream.getvalue()
+    with zipfile.ZipFile(io.BytesIO(saved[before:])) as opened:
+        record = next(info for info in opened.infolist() if info.filename.endswith("/data/0"))
+        content = opened.read(record)
+    start, length, checksum = archive.elements(saved, before, len(saved) - before)
+    assert (saved[start : start + length], checksum) == (content, record.CRC)
+    damaged = bytearray(saved)
+    damaged[data.draw(st.integers(before, len(saved) - 1))] ^= 1 << data.draw(st.integers(0, 7))
+    try:
+        found = archive.elements(bytes(damaged), before, len(saved) - before)
+    except Exception:
+        return
+    assert before <= found.start <= found.start + found.length <= len(saved)
+
+
+@pytest.mark.slow
+def test_a_part_of_more_than_four_gigabytes(tmp_path):
+    """Its archive has numbers of 64 bits."""
+    large = torch.zeros((1 << 32) + 3, dtype=torch.uint8)
+    large[-3:] = torch.tensor([1, 2, 3])
+    write(tmp_path, [("large", large, [whole(large.shape)])], writers=1)
+    reader = Reader(tmp_path, checked=True)
+    last = (slice(len(large) - 5, len(large)),)
+    assert reader.read("large", last).tolist() == [0, 0, 1, 2, 3]
+    with (tmp_path / "__0_0.distcp").open("r+b") as file:
+        file.seek(1 << 31)
+        file.write(b"1")
+    with pytest.raises(CheckpointError, match="large at .* is damaged"):
+        Reader(tmp_path, checked=True).read("large", last)
 
 
 def test_truncation_is_named(written):

@@ -107,6 +107,7 @@ class Reshard:
         objects = self._reader.objects if name == next(iter(self._plan)) else ()
         lost = [key for key in objects if key not in reader.objects
                 or reader.saved_object(key) != self._reader.saved_object(key)]
+        reader.forget()
         return [f"{folder / name}: {part} is not what was read" for part in (*found.differing(wanted), *lost)]
 
     def discard(self, folder: Path, name: str) -> None:

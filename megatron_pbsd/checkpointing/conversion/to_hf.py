@@ -166,6 +166,7 @@ class ToHf:
                 meter(part.nbytes)
             if described.dtype != self._dtype(tensor) or described.shape != self._weights.shapes[tensor]:
                 return [f"{folder / name}: {tensor} is not what was asked for"]
+        written.forget()
         wanted = read_digests(folder, [name])
         return [f"{folder / name}: {tensor} is not what was read"
                 for tensor in {*found.differing(wanted), *(wanted.keys() ^ found.hex().keys())}]

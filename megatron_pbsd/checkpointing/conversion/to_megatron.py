@@ -115,6 +115,7 @@ class ToMegatron:
                 for hf_name, inside in _overlaps(unit, rows):
                     found.update(hf_name, part[inside])
                 meter(part.nbytes)
+        reader.forget()
         wanted = read_digests(folder, [name])
         return [f"{folder / name}: {tensor} is not what was read" for tensor in found.differing(wanted)]
 
