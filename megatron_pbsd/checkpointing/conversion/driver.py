@@ -52,6 +52,17 @@ class Done:
     processes: int
 
 
+@contextmanager
+def _old_objects_kept() -> Iterator[None]:
+    """Searching all that was there before, torch above all, for garbage takes longer than a small conversion."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
+@_old_objects_kept()
 def convert(
     conversion: Conversion, target: Path, processes: int | None = None, progress: Progress = lambda done, total: None
 ) -> Done:
@@ -68,7 +79,7 @@ def convert(
     if processes is None:
         processes = max(1, min(os.cpu_count() or 1, total // WORTH_A_PROCESS + 1))
     processes = min(processes, len(files))
-    with _claimed(partial, conversion.identity()), _old_objects_kept():
+    with _claimed(partial, conversion.identity()):
         folder = partial / conversion.inner
         folder.mkdir(exist_ok=True)
         _require_space(partial, total)
@@ -106,16 +117,6 @@ def _claimed(partial: Path, identity: dict[str, Any]) -> Iterator[None]:
                     path.unlink()
             (partial / PLAN).write_text(plan)
         yield
-
-
-@contextmanager
-def _old_objects_kept() -> Iterator[None]:
-    """Searching all that was there before, torch above all, for garbage takes longer than a small conversion."""
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
 
 
 def _require_space(partial: Path, total: int) -> None:
