@@ -164,8 +164,8 @@ def _convert(arguments: argparse.Namespace, conversion: Any) -> None:
         done = convert(conversion, arguments.target, arguments.processes, report.progress)
     seconds = time.monotonic() - report.started
     kept = f", {done.kept} of them from before" if done.kept else ""
-    print(f"{arguments.target}: {done.nbytes / 1e9:.2f} GB in {done.files} files{kept}, checked; {seconds:.1f} s, "
-          f"{done.processes} processes")
+    print(f"{arguments.target}: {done.nbytes / 1e9:.2f} GB in {done.sections} sections{kept}, checked; "
+          f"{seconds:.1f} s, {done.processes} processes")
 
 
 def _layout(arguments: argparse.Namespace) -> Any:

@@ -27,12 +27,15 @@ it more easily than for more at once. They begin at multiples of it: others the 
 
 
 class HashedFile(io.RawIOBase):
-    """A new file that is written from its beginning to its end."""
+    """A new file that is written from its beginning to its end; or a part of one that others write too, from byte
+    `start` on."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, start: int | None = None):
         super().__init__()
-        self._file, self._hash = path.open("xb", buffering=PIECE), xxhash.xxh3_128()
-        self._at = self._begun = 0
+        flags = os.O_WRONLY | os.O_CREAT | (os.O_EXCL if start is None else 0)
+        self._file, self._hash = os.fdopen(os.open(path, flags, 0o666), "wb", buffering=PIECE), xxhash.xxh3_128()
+        self._at = self._begun = start or 0
+        self._file.seek(self._at)
 
     def writable(self) -> bool:
         return True
@@ -95,11 +98,11 @@ class MappedFile:
         """Give the pages back to the page cache; they come again when they are touched."""
         self.data.madvise(mmap.MADV_DONTNEED)
 
-    def forget(self) -> None:
-        """Give the pages back, and let the page cache use those that are on disk for something else."""
+    def forget(self, start: int, stop: int) -> None:
+        """Give the pages back, and let the page cache use those of these bytes that are on disk for something else."""
         self.release()
         with self._path.open("rb") as opened:
-            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            os.posix_fadvise(opened.fileno(), start, stop - start, os.POSIX_FADV_DONTNEED)
 
 
 def write_synced(path: Path, data: bytes) -> None:

@@ -64,16 +64,20 @@ class HfTensor:
 class HfFolder:
     """A folder's tensors, read part by part. ModelError naming all that is missing, truncated or contradictory.
 
-    files: only what is in these, whatever the index says.
+    tensors: those of a folder of which nothing but they needs to be there yet; nothing is checked.
     """
 
-    def __init__(self, folder: str | Path, files: Sequence[str] = ()):
+    def __init__(self, folder: str | Path, tensors: Mapping[str, HfTensor] | None = None):
         self.folder = Path(folder)
-        self.tensors: dict[str, HfTensor] = {}
+        self.tensors: dict[str, HfTensor] = dict(tensors or {})
         self._maps: dict[str, MappedFile] = {}
-        index = None if files else _weight_map(self.folder)
+        if tensors is None:
+            self._describe()
+
+    def _describe(self) -> None:
+        index = _weight_map(self.folder)
         problems: list[str] = []
-        for file in files or (sorted(set(index.values())) if index is not None else [SINGLE]):
+        for file in sorted(set(index.values())) if index is not None else [SINGLE]:
             found, wrong = _header(self.folder, file)
             problems += wrong
             problems += [f"{file}: {name} is in {self.tensors[name].file} too" for name in found
@@ -105,9 +109,10 @@ class HfFolder:
             mapped.release()
 
     def forget(self) -> None:
-        """The same, and let the page cache use those that are on disk for something else."""
-        for mapped in self._maps.values():
-            mapped.forget()
+        """Let go of all tensors' pages, and let the page cache use those that are on disk for something else."""
+        for file, mapped in self._maps.items():
+            held = [tensor for tensor in self.tensors.values() if tensor.file == file]
+            mapped.forget(min(t.start for t in held), max(t.start + t.nbytes for t in held))
 
     def checksums(self) -> dict[str, str]:
         """Tensor → xxh3_128 of its bytes, in hex, as whoever wrote the folder left them; often nobody did."""
@@ -145,22 +150,42 @@ def stored(folder: str | Path, shapes: Mapping[str, tuple[int, ...]], ignored: C
     return opened.read
 
 
-class HfFile:
-    """Writes one safetensors file from beginning to end.
+Described = Mapping[str, tuple[torch.dtype, Sequence[int]]]
+"""Name → dtype and shape."""
 
-    tensors: name → dtype and shape, in the order in which they will be written.
+
+def laid_out(file: str, tensors: Described) -> tuple[bytes, dict[str, HfTensor]]:
+    """What a file of these tensors, in this order, begins with, and where in it they will be."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, (dtype, shape) in tensors.items():
+        start, end = end, end + prod(shape) * dtype.itemsize
+        header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)  # tensors begin at multiples of 8
+    first = 8 + len(encoded)
+    return struct.pack("<Q", len(encoded)) + encoded, {
+        name: HfTensor(file, dtype, tuple(shape), first + header[name]["data_offsets"][0])
+        for name, (dtype, shape) in tensors.items()}
+
+
+class HfFile:
+    """Writes one safetensors file from beginning to end, or a part of it.
+
+    tensors: in the order in which they will be written.
+    names: consecutive ones that are written here; None: all, and the file is new. Others may write the rest meanwhile;
+    who writes the first tensor writes the header.
     """
 
-    def __init__(self, path: Path, tensors: Mapping[str, tuple[torch.dtype, Sequence[int]]]):
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        end = 0
-        for name, (dtype, shape) in tensors.items():
-            start, end = end, end + prod(shape) * dtype.itemsize
-            header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
-        encoded = json.dumps(header, separators=(",", ":")).encode()
-        encoded += b" " * (-len(encoded) % 8)  # tensors begin at multiples of 8
-        self._stream, self._left = HashedFile(path), end
-        self._stream.write(struct.pack("<Q", len(encoded)) + encoded)
+    def __init__(self, path: Path, tensors: Described, names: Sequence[str] | None = None):
+        begin, places = laid_out(path.name, tensors)
+        whole = names is None
+        here = [places[name] for name in (places if names is None else names)]
+        heads = whole or names[0] == next(iter(places))
+        self._left = sum(tensor.nbytes for tensor in here)
+        self._stream = HashedFile(path, None if whole else 0 if heads else here[0].start)
+        if heads:
+            self._stream.write(begin)
 
     def write(self, part: torch.Tensor) -> None:
         """The next elements, contiguous in the tensor they belong to."""

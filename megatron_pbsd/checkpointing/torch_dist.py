@@ -184,7 +184,7 @@ class Reader:
     def forget(self) -> None:
         """The same, and let the page cache use those that are on disk for something else."""
         for mapped in self._maps.values():
-            mapped.forget()
+            mapped.forget(0, len(mapped.data))
 
     def object(self, key: str) -> Any:
         entry = self.objects[key]

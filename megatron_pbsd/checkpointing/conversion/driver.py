@@ -35,6 +35,8 @@ WORTH_A_PROCESS = 1 << 30
 """Bytes; starting a process takes about as long as converting these."""
 MARGIN = 16 << 20
 """Bytes that indices and configuration may take."""
+BLOCK = 512
+"""Bytes, of which `stat` counts a file's: those that it really has."""
 SYNCS = 8
 """At a time."""
 REPORT_S = 0.2
@@ -44,10 +46,10 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Done:
-    """nbytes: of tensors. kept: files of an interrupted conversion that were still good."""
+    """nbytes: of tensors. kept: sections of an interrupted conversion that were still good."""
 
     nbytes: int
-    files: int
+    sections: int
     kept: int
     processes: int
 
@@ -74,17 +76,17 @@ def convert(
     partial = target.with_name(target.name + ".partial")
     problems = [f"{target} exists already; remove it, or choose another target"] if target.exists() else []
     require(problems + conversion.problems())
-    files = conversion.files()
-    total = sum(files.values())
+    sections = conversion.sections()
+    total = sum(sections.values())
     if processes is None:
         processes = max(1, min(os.cpu_count() or 1, total // WORTH_A_PROCESS + 1))
-    processes = min(processes, len(files))
+    processes = min(processes, len(sections))
     with _claimed(partial, conversion.identity()):
         folder = partial / conversion.inner
         folder.mkdir(exist_ok=True)
         _require_space(partial, total)
         try:
-            outcomes = _all(Task(conversion, folder, files), processes, lambda done: progress(done, 2 * total))
+            outcomes = _all(Task(conversion, folder, sections), processes, lambda done: progress(done, 2 * total))
             if wrong := [o.problem for o in outcomes if o.problem]:
                 require(conversion.damage() or wrong)
             conversion.finish(folder)
@@ -96,7 +98,7 @@ def convert(
         (partial / LOCK).unlink()
         partial.rename(target)
         sync(target.parent)
-    return Done(total, len(files), sum(o.kept for o in outcomes), processes)
+    return Done(total, len(sections), sum(o.kept for o in outcomes), processes)
 
 
 @contextmanager
@@ -121,7 +123,7 @@ def _claimed(partial: Path, identity: dict[str, Any]) -> Iterator[None]:
 
 def _require_space(partial: Path, total: int) -> None:
     free = shutil.disk_usage(partial).free
-    held = sum(path.stat().st_size for path in partial.rglob("*") if path.is_file())
+    held = sum(path.stat().st_blocks * BLOCK for path in partial.rglob("*") if path.is_file())
     if free + held < total + MARGIN:
         raise CheckpointError(f"{partial}: the conversion needs {total + MARGIN - held} bytes, {free} are free; free "
                               "some space, or convert to another disk")
@@ -129,7 +131,7 @@ def _require_space(partial: Path, total: int) -> None:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Of one file. kept: it was there already. problem: empty when all is well."""
+    """Of one section. kept: it was there already. problem: empty when all is well."""
 
     name: str
     kept: bool = False
@@ -138,17 +140,17 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Task:
-    """files: name → bytes."""
+    """sections: name → bytes."""
 
     conversion: Conversion
     folder: Path
-    files: dict[str, int]
+    sections: dict[str, int]
 
     def run(self, name: str, done: Callable[[int], None]) -> Outcome:
-        """Write and check a file, unless it is there and good."""
+        """Write and check a section, unless it is there and good."""
         try:
             if self._is_good(name, done):
-                done(self.files[name])
+                done(self.sections[name])
                 return Outcome(name, kept=True)
             self.conversion.discard(self.folder, name)
             self.conversion.write(self.folder, name, done)
@@ -166,8 +168,8 @@ class Task:
 
 
 def _all(task: Task, processes: int, progress: Callable[[int], None]) -> list[Outcome]:
-    """Of every file. This process works too, at once: others need seconds to start. OSError when the disk does not do
-    its part."""
+    """Of every section. This process works too, at once: others need seconds to start. OSError when the disk does not
+    do its part."""
     if processes == 1:
         total = 0
 
@@ -176,7 +178,7 @@ def _all(task: Task, processes: int, progress: Callable[[int], None]) -> list[Ou
             total += nbytes
             progress(total)
 
-        return [task.run(name, counted) for name in task.files]
+        return [task.run(name, counted) for name in task.sections]
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__, type(task.conversion).__module__])
     counter, position = context.Value("q", 0), context.Value("q", 0)
@@ -222,7 +224,7 @@ def _collect(pipes: list[connection.Connection], report: Callable[[], None]) -> 
 
 
 def _work(task: Task, counter: Any, position: Any, pipe: connection.Connection) -> None:
-    """What another process does. counter: bytes done by all; position: of the file that is the next to be taken."""
+    """What another process does. counter: bytes done by all; position: of the section that is the next to be taken."""
     torch.set_num_threads(1)
     threading.Thread(target=_follow, daemon=True).start()
     try:
@@ -234,8 +236,8 @@ def _work(task: Task, counter: Any, position: Any, pipe: connection.Connection) 
 
 
 def _taken(task: Task, position: Any) -> Iterator[str]:
-    """One file after another, of those that no other process has taken."""
-    names = list(task.files)
+    """One section after another, of those that no other process has taken."""
+    names = list(task.sections)
     while True:
         with position.get_lock():
             at = position.value
@@ -251,7 +253,7 @@ def _add(counter: Any, nbytes: int) -> None:
 
 
 def _follow() -> None:
-    """End when whoever started this process is gone: a successor will write the same files."""
+    """End when whoever started this process is gone: a successor will write the same sections."""
     connection.wait([multiprocessing.parent_process().sentinel])
     os._exit(1)
 

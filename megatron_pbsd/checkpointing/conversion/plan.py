@@ -1,4 +1,4 @@
-"""What a conversion is: files that can be written in any order, each by itself, and checked against what was read."""
+"""What a conversion is: sections that are written in any order, each by itself, and checked against what was read."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ RELEASE_EVERY = 32 << 20
 
 
 class Conversion(Protocol):
-    """A dataclass: every process makes the same files of what its fields say.
+    """A dataclass: every process makes the same sections, files or consecutive parts of them, of what its fields say.
 
-    inner: folder inside the target that the files go to; empty for the target itself.
+    inner: folder inside the target that they go to; empty for the target itself.
     piece_bytes: of a tensor at most so much is held at a time.
     """
 
@@ -37,23 +37,23 @@ class Conversion(Protocol):
         """Everything that stands in the way; nothing is written unless this is empty."""
 
     def identity(self) -> dict[str, Any]:
-        """What was asked for, and what the source looked like. Files of an interrupted conversion of the same identity
-        are kept."""
+        """What was asked for, and what the source looked like. Sections of an interrupted conversion of the same
+        identity are kept."""
 
-    def files(self) -> dict[str, int]:
+    def sections(self) -> dict[str, int]:
         """Name → about how many bytes, in the order of the model."""
 
     def write(self, folder: Path, name: str, done: Callable[[int], None]) -> None:
-        """Write a file, and `digests` beside it. CheckpointError naming file and tensor where the source is damaged."""
+        """Write one, and `digests` beside it. CheckpointError naming file and tensor where the source is damaged."""
 
     def check(self, folder: Path, name: str, done: Callable[[int], None]) -> list[str]:
-        """What in a written file is not as it was read; empty when all is well."""
+        """What in a written section is not as it was read; empty when all is well."""
 
     def discard(self, folder: Path, name: str) -> None:
-        """Remove what was written of a file."""
+        """Remove what was written of a section, or what says that it is there."""
 
     def finish(self, folder: Path) -> None:
-        """All files are written: make the folder complete."""
+        """All sections are written: make the folder complete."""
 
     def damage(self) -> list[str]:
         """Everything in the source that is not what was written there, as far as it says; asked after a failure."""
@@ -139,12 +139,12 @@ def balanced(items: Sequence[Item], sizes: Sequence[int], limit: int) -> list[li
 
 
 def digests_path(folder: Path, name: str) -> Path:
-    """Where the digests of a written file wait until the folder is complete."""
+    """Where the digests of a written section wait until the folder is complete."""
     return folder / f"{name}.digests"
 
 
 def write_digests(folder: Path, name: str, digests: Mapping[str, str]) -> None:
-    """Written after the file itself: what they say is compared with it before it is relied on."""
+    """Written after the section itself: what they say is compared with it before it is relied on."""
     path = digests_path(folder, name)
     unfinished = path.with_suffix(".new")
     unfinished.write_text(json.dumps(digests))
@@ -152,7 +152,7 @@ def write_digests(folder: Path, name: str, digests: Mapping[str, str]) -> None:
 
 
 def read_digests(folder: Path, names: Iterable[str]) -> dict[str, str]:
-    """Of all these files together."""
+    """Of all these sections together."""
     found: dict[str, str] = {}
     for name in names:
         found |= json.loads(digests_path(folder, name).read_text())

@@ -75,7 +75,7 @@ class Reshard:
         return {"conversion": "reshard", "layout": self.layout and self.layout.model_dump(), "files": self.count,
                 "source": snapshot(self._folder)}
 
-    def files(self) -> dict[str, int]:
+    def sections(self) -> dict[str, int]:
         return {name: sum(map(self._nbytes, parts)) for name, parts in self._plan.items()}
 
     def write(self, folder: Path, name: str, done: Callable[[int], None]) -> None:

@@ -33,7 +33,16 @@ from megatron_pbsd.checkpointing.conversion.plan import (
     write_digests,
 )
 from megatron_pbsd.checkpointing.errors import CheckpointError
-from megatron_pbsd.checkpointing.hf_folder import FLOATS, HfFile, HfFolder, carry, shard_names, write_index
+from megatron_pbsd.checkpointing.hf_folder import (
+    FLOATS,
+    Described,
+    HfFile,
+    HfFolder,
+    carry,
+    laid_out,
+    shard_names,
+    write_index,
+)
 from megatron_pbsd.checkpointing.torch_dist import Reader
 from megatron_pbsd.models import family
 from megatron_pbsd.models.decoder import hf_tensors, kept_in_float32
@@ -116,12 +125,13 @@ class MegatronWeights:
 class ToHf:
     """source: a checkpoint. config: folder of the model's configuration and tokenizer; None: those it keeps itself.
     dtype: of the written weights, a torch name; None as they are stored. shard_bytes: a file has no more, unless one
-    tensor has."""
+    tensor has. section_bytes: of a file that are written one after another, by one process."""
 
     source: Path
     config: Path | None = None
     dtype: str | None = None
     shard_bytes: int = 4 << 30
+    section_bytes: int = 1 << 30
     piece_bytes: int = 128 << 20
 
     inner = ""
@@ -140,13 +150,13 @@ class ToHf:
         return {"conversion": "megatron-to-hf", "dtype": self.dtype, "shard_bytes": self.shard_bytes,
                 "source": snapshot(self._weights.folder), "config": self._weights.hf}
 
-    def files(self) -> dict[str, int]:
-        return {file: sum(map(self._nbytes, names)) for file, names in self._plan.items()}
+    def sections(self) -> dict[str, int]:
+        return {name: sum(map(self._nbytes, names)) for name, (_, names) in self._sections.items()}
 
     def write(self, folder: Path, name: str, done: Callable[[int], None]) -> None:
-        weights, names = self._weights, self._plan[name]
+        weights, (path, names) = self._weights, self._sections[name]
         meter, scratch, digests = Meter(done, weights.reader), Scratch(), Digests()
-        file = HfFile(folder / name, {tensor: (self._dtype(tensor), weights.shapes[tensor]) for tensor in names})
+        file = HfFile(folder / path, self._described(path), names)
         for tensor in names:
             for part in weights.parts(tensor, self.piece_bytes):
                 written = _cast(part, self._dtype(tensor), scratch)
@@ -158,30 +168,32 @@ class ToHf:
         write_digests(folder, name, digests.hex())
 
     def check(self, folder: Path, name: str, done: Callable[[int], None]) -> list[str]:
-        written = HfFolder(folder, [name])
+        path, names = self._sections[name]
+        begin, places = laid_out(path, self._described(path))
+        with (folder / path).open("rb") as opened:
+            if names[0] == next(iter(places)) and opened.read(len(begin)) != begin:
+                return [f"{folder / path}: its header is not what was written"]
+        written = HfFolder(folder, {tensor: places[tensor] for tensor in names})
         meter, found = Meter(done, written), Digests()
-        for tensor, described in written.tensors.items():
+        for tensor in names:
             for part in hf_parts(written, tensor, self.piece_bytes):
                 found.update(tensor, part)
                 meter(part.nbytes)
-            if described.dtype != self._dtype(tensor) or described.shape != self._weights.shapes[tensor]:
-                return [f"{folder / name}: {tensor} is not what was asked for"]
         written.forget()
         wanted = read_digests(folder, [name])
-        return [f"{folder / name}: {tensor} is not what was read"
+        return [f"{folder / path}: {tensor} is not what was read"
                 for tensor in {*found.differing(wanted), *(wanted.keys() ^ found.hex().keys())}]
 
     def discard(self, folder: Path, name: str) -> None:
-        for path in (folder / name, digests_path(folder, name)):
-            path.unlink(missing_ok=True)
+        digests_path(folder, name).unlink(missing_ok=True)
 
     def finish(self, folder: Path) -> None:
-        write_index(folder, self._plan, sum(self.files().values()), read_digests(folder, self._plan))
+        write_index(folder, self._plan, sum(self.sections().values()), read_digests(folder, self._sections))
         if self._weights.origin is not None:
             carry(self._weights.origin, folder)
         write_config(folder, with_dtype(self._weights.hf, self.dtype))
         require(HfFolder(folder).problems(self._weights.shapes, lambda name: False))
-        for name in self._plan:
+        for name in self._sections:
             digests_path(folder, name).unlink()
 
     def damage(self) -> list[str]:
@@ -193,9 +205,19 @@ class ToHf:
 
     @cached_property
     def _plan(self) -> dict[str, list[str]]:
+        """File → tensors in it."""
         names = list(self._weights.shapes)
         groups = balanced(names, list(map(self._nbytes, names)), self.shard_bytes)
         return dict(zip(shard_names(len(groups)), groups, strict=True))
+
+    @cached_property
+    def _sections(self) -> dict[str, tuple[str, list[str]]]:
+        """Section → its file, and the consecutive tensors of it."""
+        return {f"{file}.{i}": (file, group) for file, names in self._plan.items()
+                for i, group in enumerate(balanced(names, list(map(self._nbytes, names)), self.section_bytes))}
+
+    def _described(self, file: str) -> Described:
+        return {name: (self._dtype(name), self._weights.shapes[name]) for name in self._plan[file]}
 
     def _dtype(self, name: str) -> torch.dtype:
         if self.dtype is None or kept_in_float32(name):

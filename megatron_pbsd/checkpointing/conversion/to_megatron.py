@@ -80,7 +80,7 @@ class ToMegatron:
     def identity(self) -> dict[str, Any]:
         return {"conversion": "hf-to-megatron", "dtype": self.dtype, "source": snapshot(self.source)}
 
-    def files(self) -> dict[str, int]:
+    def sections(self) -> dict[str, int]:
         return {name: sum(map(self._nbytes, inside)) for name, inside in self._plan.items()}
 
     def write(self, folder: Path, name: str, done: Callable[[int], None]) -> None:
