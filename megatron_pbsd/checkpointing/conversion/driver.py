@@ -31,8 +31,8 @@ from megatron_pbsd.checkpointing.files import sync
 from megatron_pbsd.errors import PbsdError
 
 PLAN, LOCK = "plan.json", "lock"
-WORTH_A_PROCESS = 1 << 30
-"""Bytes; starting a process takes about as long as converting these."""
+WORTH_A_PROCESS = 4 << 30
+"""Bytes; starting a process, which imports torch, takes the processor about as long as converting these."""
 MARGIN = 16 << 20
 """Bytes that indices and configuration may take."""
 BLOCK = 512
