@@ -73,11 +73,6 @@ def units(decoder: Decoder, layer_axis: bool = False) -> list[Unit]:
     return found
 
 
-def alternates(decoder: Decoder) -> bool:
-    """Whether rows of two halves of a Hugging Face tensor alternate in Megatron-core's (`parameters.paired`)."""
-    return decoder.latent is not None and not decoder.latent.rope_interleave
-
-
 def places(decoder: Decoder, layer_axis: bool = False, as_in_layouts: bool = False) -> dict[str, list[Place]]:
     """Hugging Face name → where its parts are stored; over all names every stored element once.
 

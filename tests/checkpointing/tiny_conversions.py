@@ -13,7 +13,9 @@ from megatron_pbsd.config import ParallelConfig
 
 SMALL = {"piece_bytes": 1000}
 MODELS = {name: (name, {}) for name in TINY} | {
-    "odd": ("qwen3", {"tie_word_embeddings": True, "vocab_size": 131, "num_hidden_layers": 5})}
+    "odd": ("qwen3", {"tie_word_embeddings": True, "vocab_size": 131, "num_hidden_layers": 5}),
+    "halves": ("deepseek_v3", {"rope_interleave": False}),
+    "halves of one matrix": ("deepseek_v3", {"rope_interleave": False, "q_lora_rank": None})}
 """name → family, and what differs from its tiny model."""
 DENSE = ParallelConfig(world_size=4, tp=2, pp=2)
 LAYOUTS = {

@@ -125,7 +125,7 @@ def held(chunk):
 
 @pytest.mark.parametrize(("model", "layout", "files"), [
     ("tied", DENSE["pp2vpp2"], 1), ("odd", DENSE["tp2"], 3), ("moe", MOE["ep2"], 3),
-    ("glm", ParallelConfig(world_size=2, tp=2, ep=2), 1),
+    ("glm", ParallelConfig(world_size=2, tp=2, ep=2), 1), ("deepseek-plain", MOE["ep2"], 1),
 ], ids=str)
 def test_megatron_loads_what_is_converted(ranks, folders, tmp_path, model, layout, files):
     convert(ToMegatron(folders[model]), tmp_path / "checkpoint")

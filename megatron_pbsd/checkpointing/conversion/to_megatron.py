@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -41,8 +41,9 @@ from megatron_pbsd.checkpointing.torch_dist import Reader, Writer, assemble, lis
 from megatron_pbsd.config import ParallelConfig
 from megatron_pbsd.models import family
 from megatron_pbsd.models.decoder import Decoder, kept_in_float32
-from megatron_pbsd.models.dist_checkpoint import Unit, alternates, extra_states, units
+from megatron_pbsd.models.dist_checkpoint import Unit, extra_states, units
 from megatron_pbsd.models.errors import ModelError
+from megatron_pbsd.models.parameters import Piece
 
 FILE_BYTES = 1 << 30
 CONTENT = {"non_homogeneous_layers": True, "singleton_local_shards": False}
@@ -70,8 +71,6 @@ class ToMegatron:
         except ModelError as error:
             return [str(error)]
         problems = [] if self.layout is None else model.layout_problems(hf, self.layout)
-        if alternates(model.decoder(hf)):
-            problems.append("config.json: 'rope_interleave' = False is not implemented for conversion; supported: True")
         wrong = folder.problems(model.hf_tensors(hf), lambda name: model.ignored_tensor(hf, name))
         wrong += self._dtype_problems(hf, set(model.hf_tensors(hf)))
         wrong = wrong or self._mixed_dtypes() + left_out_problems(folder, self._decoder)
@@ -191,7 +190,9 @@ class ToMegatron:
     def _nbytes(self, unit: Unit) -> int:
         return prod(unit.local) * self._dtype(unit).itemsize
 
-    def _rows(self, unit: Unit) -> Iterator[slice]:
+    def _rows(self, unit: Unit) -> Iterable[slice]:
+        if any(_step(piece) > 1 for piece in unit.pieces):
+            return [slice(0, unit.local[0])]  # in steps, a Hugging Face tensor's rows would not come in their order
         return row_steps(unit.local[0], self._nbytes(unit) // unit.local[0], self.piece_bytes)
 
     def _part(self, unit: Unit, rows: slice, scratch: Scratch, given: Digests | None) -> torch.Tensor:
@@ -228,19 +229,29 @@ def left_out_problems(folder: HfFolder, decoder: Decoder) -> list[str]:
 def _overlaps(unit: Unit, rows: slice) -> Iterator[tuple[str, slice]]:
     """Hugging Face name, and which of these rows of the unit are its; in order."""
     for piece in unit.pieces:
-        held = piece.local_index[0]
-        start, stop = max(held.start, rows.start), min(held.stop, rows.stop)
-        if start < stop:
-            yield piece.hf_name, slice(start - rows.start, stop - rows.start)
+        if held := _held(piece, rows):
+            start, step = piece.local_index[0].start - rows.start, _step(piece)
+            yield piece.hf_name, slice(start + held[0] * step, start + held[-1] * step + 1, step)
 
 
 def _hf_indices(unit: Unit, rows: slice) -> Iterator[tuple[slice, ...]]:
     """For each of `_overlaps`, where in the Hugging Face tensor the rows are."""
     for piece in unit.pieces:
-        held, shift = piece.local_index[0], piece.hf_index[0].start - piece.local_index[0].start
-        start, stop = max(held.start, rows.start), min(held.stop, rows.stop)
-        if start < stop:
-            yield (slice(start + shift, stop + shift), *piece.hf_index[1:])
+        if held := _held(piece, rows):
+            start = piece.hf_index[0].start
+            yield (slice(start + held[0], start + held[-1] + 1), *piece.hf_index[1:])
+
+
+def _held(piece: Piece, rows: slice) -> range:
+    """Which of a piece's rows, by their number in it, are these rows of its unit."""
+    place, step = piece.local_index[0], _step(piece)
+    return range(max(0, -((place.start - rows.start) // step)),
+                 -((place.start - min(place.stop, rows.stop)) // step))
+
+
+def _step(piece: Piece) -> int:
+    """Of its rows in the unit."""
+    return piece.local_index[0].step or 1
 
 
 def _name(dtype: torch.dtype) -> str:
