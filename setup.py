@@ -47,8 +47,9 @@ setup(
             "nvidia-ml-py>=13",
         ],
         "wandb": ["wandb>=0.25,<1"],
+        # The last two unpack a small model with real weights (launcher/smollm2.py).
         "dev": ["pytest>=9,<10", "hypothesis>=6.150,<7", "import-linter>=2.5,<3", "ruff>=0.14,<1",
-                "wandb>=0.25,<1"],
+                "wandb>=0.25,<1", "gguf>=0.19,<1", "accelerate>=1.10,<2"],
     },
     entry_points={"console_scripts": ["pbsd = launcher.cli:main"]},
 )

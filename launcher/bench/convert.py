@@ -1,7 +1,7 @@
 """Conversion between Hugging Face folders and Megatron's checkpoints, beside `cp` of the same bytes on the same disk.
 
-Two models with random bits for weights: `small`, the sizes of SmolLM2-135M, and `moe`, a mixture of experts of more
-than 4 GB; both bfloat16. Everything is synced to disk, cp's copies too, and read from the page cache. A page that a
+Two models: `small`, SmolLM2-135M from a package, and `moe`, a mixture of experts of more than 4 GB with random bits for
+weights; both bfloat16. Everything is synced to disk, cp's copies too, and read from the page cache. A page that a
 virtual machine has not used for a while comes from its host, which was measured to be six times slower than using one
 again: before each measurement what it will read is read, and as much as it will write is written, and removed when it
 begins.
@@ -34,22 +34,16 @@ from statistics import median
 from typing import Any
 
 from launcher.processes import PeakMemory
+from launcher.smollm2 import make_smollm2
 from megatron_pbsd.errors import UsageError
 
-COMMON = {
+MOE = {
     "hidden_act": "silu", "rms_norm_eps": 1e-5, "initializer_range": 0.02, "max_position_embeddings": 8192,
-    "rope_theta": 1e5, "dtype": "bfloat16", "vocab_size": 49152}
-SMALL = COMMON | {
-    "model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "hidden_size": 576, "intermediate_size": 1536,
-    "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64,
-    "tie_word_embeddings": True}
-MOE = COMMON | {
+    "rope_theta": 1e5, "dtype": "bfloat16", "vocab_size": 49152,
     "model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "hidden_size": 2048,
     "intermediate_size": 6144, "num_hidden_layers": 12, "num_attention_heads": 16, "num_key_value_heads": 4,
     "head_dim": 128, "tie_word_embeddings": False, "num_experts": 32, "num_experts_per_tok": 4,
     "moe_intermediate_size": 768, "decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": True}
-MODELS = {"small": (SMALL, 5), "moe": (MOE, 3)}
-"""Configuration, and how often everything is measured."""
 SAMPLE_S = 0.05
 
 
@@ -68,15 +62,16 @@ def run(overrides: Sequence[str] = ()) -> dict[str, Any]:
         raise UsageError(f"the bench 'convert' reads no configuration, so {overrides[0]} means nothing to it")
     results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="bench_convert_") as folder:
-        for name, (config, rounds) in MODELS.items():
-            results |= {f"{name}_{key}": value for key, value in of_model(config, Path(folder), rounds).items()}
+        for name, (write, rounds) in MODELS.items():
+            results |= {f"{name}_{key}": value for key, value in of_model(write, Path(folder), rounds).items()}
     least = {f"{kind}_over_cp": min(results[f"{name}_{kind}_over_cp"] for name in MODELS) for kind in KINDS}
     return least | {"peak_gb": max(results[f"{name}_peak_gb"] for name in MODELS), "cores": os.cpu_count()} | results
 
 
-def of_model(config: dict[str, Any], folder: Path, rounds: int) -> dict[str, Any]:
-    """Figures of one model, in a folder that is left empty."""
-    largest = write_model(config, folder / "hf")
+def of_model(write: Callable[[Path], Any], folder: Path, rounds: int) -> dict[str, Any]:
+    """Figures of the model that `write` makes, in a folder that is left empty."""
+    write(folder / "hf")
+    largest = largest_tensor(folder / "hf")
     nbytes = sum(path.stat().st_size for path in (folder / "hf").glob("*.safetensors"))
     costs: dict[str, list[Cost]] = {kind: [] for kind in KINDS}
     copies: list[tuple[float, float]] = []
@@ -118,8 +113,15 @@ def same_files(a: Path, b: Path) -> bool:
     return all(filecmp.cmp(path, b / path.name, shallow=False) for path in a.glob("*.safetensors"))
 
 
-def write_model(config: dict[str, Any], folder: Path) -> int:
-    """A Hugging Face folder in files of 4 GB at most; bytes of its largest tensor."""
+def largest_tensor(folder: Path) -> int:
+    """Bytes."""
+    from megatron_pbsd.checkpointing.hf_folder import HfFolder
+
+    return max(tensor.nbytes for tensor in HfFolder(folder).tensors.values())
+
+
+def write_mixture(folder: Path, config: dict[str, Any] = MOE) -> None:
+    """A Hugging Face folder in files of 4 GB at most."""
     import json
 
     import torch
@@ -143,7 +145,10 @@ def write_model(config: dict[str, Any], folder: Path) -> int:
             written.write(bits[start : start + sizes[name]])
         written.close()
     write_index(folder, plan, sum(sizes.values()), {})
-    return max(sizes.values())
+
+
+MODELS: dict[str, tuple[Callable[[Path], Any], int]] = {"small": (make_smollm2, 5), "moe": (write_mixture, 3)}
+"""What writes it, and how often everything is measured."""
 
 
 def spare(folder: Path, source: str) -> Path:

@@ -81,8 +81,8 @@ DECODER_FIELDS: Mapping[str, FieldRule] = {
     "quantization_config": only(None, advice="`pbsd convert` dequantises; give this its result"),
     **{name: ignored() for name in (
         "architectures", "transformers_version", "dtype", "torch_dtype", "use_cache", "bos_token_id", "eos_token_id",
-        "pad_token_id", "_name_or_path", "return_dict", "output_hidden_states", "output_attentions", "id2label",
-        "label2id", "problem_type")},
+        "pad_token_id", "unk_token_id", "_name_or_path", "_model_name_or_path", "return_dict", "output_hidden_states",
+        "output_attentions", "id2label", "label2id", "problem_type")},
 }
 """Rules for the fields that every decoder family has."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_disk import small_disk
 
 from launcher.cli import main
 from megatron_pbsd.checkpointing.conversion.compare import damage, differences
@@ -153,6 +155,29 @@ def test_a_disk_that_fills_up_half_way(models, tmp_path):
     assert not target.exists()
     convert(ToMegatron(models["qwen3"][0]), target)
     assert damage(target) == []
+
+
+@pytest.mark.parametrize("make", [
+    lambda hf, megatron: ToMegatron(hf, **SMALL), lambda hf, megatron: ToHf(megatron, **SMALL),
+    lambda hf, megatron: Reshard(megatron, count=3, **SMALL)], ids=["import", "export", "reshard"])
+def test_a_disk_that_others_fill_up(models, tmp_path, make):
+    """A small disk of its own; there is room before, and none after the first piece."""
+    hf, megatron = models["qwen3"]
+    disk = tmp_path / "disk"
+    disk.mkdir()
+
+    def fill(done, total):
+        with contextlib.suppress(OSError), (disk / "other").open("ab", buffering=0) as other:
+            while other.write(bytes(4096)):
+                pass
+
+    with small_disk(disk, "17m"):
+        with pytest.raises(CheckpointError, match="disk/target.partial: the disk is full: .* needs about 1"):
+            convert(make(hf, megatron), disk / "target", progress=fill)
+        assert not (disk / "target").exists()
+        (disk / "other").unlink()
+        convert(make(hf, megatron), disk / "target")
+        assert damage(disk / "target") == [] and differences(disk / "target", hf)[0] == []
 
 
 def test_processes_share_the_work_and_one_that_dies_is_missed(models, tmp_path):
