@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
@@ -224,6 +225,20 @@ def test_flipped_bits_in_a_folder_with_checksums_are_named(models, tmp_path):
         convert(ToMegatron(tmp_path / "hf"), tmp_path / "target")
     found, _ = differences(tmp_path / "hf", models["qwen3"][1])
     assert found == [f"{QKV} differs in 1 elements"]
+
+
+def test_flipped_bits_in_the_cache_of_the_hub_are_named(models, tmp_path):
+    """The hub names a file by its sha256, to which a snapshot has a link."""
+    snapshot, source = tmp_path / "snapshots" / "main", models["qwen3"][0]
+    copy(source, snapshot)
+    data = (source / "model.safetensors").read_bytes()
+    blob = tmp_path / hashlib.sha256(data).hexdigest()
+    (snapshot / "model.safetensors").rename(blob)
+    (snapshot / "model.safetensors").symlink_to(blob)
+    assert damage(snapshot) == []
+    flip(blob, weights(source)[QKV].numpy().tobytes())
+    assert damage(snapshot) == [f"{snapshot}/model.safetensors is not what was published: its sha256 is not its name "
+                                "in the hub's cache"]
 
 
 def test_differences_are_named(models, tmp_path):

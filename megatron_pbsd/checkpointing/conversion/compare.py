@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Protocol
@@ -164,7 +166,10 @@ def _hf_damage(folder: Path, progress: Progress) -> list[str]:
             meter(part.nbytes)
     found += [f"{folder / held.tensors[name].file}: {name} is not what {CHECKSUMS} says"
               for name in digests.differing(recorded) if name in recorded]
-    return found + [f"{folder}: {name} is in {CHECKSUMS} only" for name in recorded if name not in held.tensors]
+    found += [f"{folder}: {name} is in {CHECKSUMS} only" for name in recorded if name not in held.tensors]
+    return found + [f"{folder / file} is not what was published: its sha256 is not its name in the hub's cache"
+                    for file in sorted({tensor.file for tensor in held.tensors.values()})
+                    if (expected := _published(folder / file)) and expected != _sha256(folder / file)]
 
 
 def _checkpoint_damage(checkpoint: Path, config: Path | None, progress: Progress) -> list[str]:
@@ -193,6 +198,17 @@ def _checkpoint_damage(checkpoint: Path, config: Path | None, progress: Progress
         return MegatronWeights(checkpoint, config).problems()
     except (CheckpointError, ModelError) as error:
         return [str(error)]
+
+
+def _published(file: Path) -> str | None:
+    """sha256 that a file of the Hugging Face hub's cache is to have: there it is a link to what is named so."""
+    name = file.resolve().name
+    return name if file.is_symlink() and re.fullmatch("[0-9a-f]{64}", name) else None
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def _ignored(folder: Path) -> Callable[[str], bool]:
