@@ -10,7 +10,9 @@ import torch
 
 from megatron_pbsd.resharding.manifest import WeightsManifest, checksum
 from megatron_pbsd.rollout.engines.embedded.attention import padded_keys
-from megatron_pbsd.rollout.engines.embedded.kv_cache import SlotCache, SlotTable
+from megatron_pbsd.rollout.engines.embedded.kv_cache import SlotCache
+from megatron_pbsd.rollout.engines.embedded.kv_pool import PoolPlace
+from megatron_pbsd.rollout.engines.embedded.kv_store import KVStore
 from megatron_pbsd.rollout.engines.embedded.model import PackedModel
 from megatron_pbsd.rollout.engines.embedded.sampling import sample, uniforms
 from megatron_pbsd.rollout.engines.embedded.sequence import Sequence
@@ -28,7 +30,8 @@ class EmbeddedEngine:
 
     model_path: local Hugging Face folder. slots: chunks that run at once, and contexts whose KV is kept.
     max_context: most tokens of a trajectory, prompt and observations included. threads: torch threads of the process.
-    load_weights: False leaves the weights to the first publication.
+    load_weights: False leaves the weights to the first publication. kv_pool: where KV is parked that loses its slot or
+    may go to another engine; None parks nothing.
     """
 
     def __init__(
@@ -42,9 +45,10 @@ class EmbeddedEngine:
         dtype: str = "float32",
         threads: int = 1,
         load_weights: bool = True,
+        kv_pool: PoolPlace | None = None,
     ) -> None:
         self.name = name
-        self._max_context = max_context
+        self._slots, self._max_context = slots, max_context
         torch.set_num_threads(threads)
         try:
             self._model = PackedModel(model_path, max_context, device, dtype, load_weights)
@@ -53,9 +57,9 @@ class EmbeddedEngine:
             self._model.warm_up(self._cache)
         except (OSError, ValueError, NotImplementedError) as error:
             raise EngineError(f"engine {name!r}: cannot load {model_path!r}: {error}") from error
-        self._table = SlotTable(slots)
         self._waiting: dict[str, Sequence] = {}
         self._running: dict[str, Sequence] = {}
+        self._kv = KVStore(self._cache, slots, kv_pool, name, self._running)
         self._ended: list[ChunkResult] = []
         self._version = 0
         self._generated = self._prefilled = self._cached = self._steps = 0
@@ -91,14 +95,9 @@ class EmbeddedEngine:
         """From the first chunk that asks. What was read before that has no experts, and is read again."""
         try:
             if self._model.record_experts():
-                self._forget_kv()
+                self._kv.forget(self._version)
         except ValueError as error:
             raise EngineError(f"engine {self.name!r}: routed experts are not available: {error}") from error
-
-    def _forget_kv(self) -> None:
-        self._table.clear()
-        for sequence in self._running.values():
-            sequence.forget()
 
     def _fault_of(self, tokens: Sequences[int]) -> str | None:
         if not tokens:
@@ -137,21 +136,23 @@ class EmbeddedEngine:
         self._steps += 1
 
     def _admit(self) -> None:
-        """Start waiting chunks in order of arrival, as far as slots and the prefill bound allow."""
+        """Start waiting chunks in order of arrival, as far as slots and the prefill bound allow. Those whose prompt a
+        sibling is about to compute are left for the next step."""
         prefill = sum(len(s.tokens) - s.computed for s in self._running.values())
-        while self._waiting and prefill < PREFILL_TOKENS_PER_STEP:
-            request_id, sequence = next(iter(self._waiting.items()))
-            place = self._table.acquire(request_id, sequence.tokens, self._waiting)
-            if place is None:
+        for request_id, sequence in list(self._waiting.items()):
+            if prefill >= PREFILL_TOKENS_PER_STEP:
                 return
-            sequence.admit(*place)
+            if self._kv.should_wait(sequence):
+                continue
+            if not self._kv.admit(sequence, self._waiting):
+                return
             self._cached += sequence.computed
             prefill += len(sequence.tokens) - sequence.computed
             self._running[request_id] = self._waiting.pop(request_id)
 
     def _end(self, sequence: Sequence, reason: FinishReason) -> None:
         del self._running[sequence.request_id]
-        self._table.retire(sequence.request_id, sequence.slot, sequence.tokens[: sequence.computed])
+        self._kv.retire(sequence)
         experts = self._cache.experts_of(sequence.slot, sequence.routed) if sequence.routed else None
         self._ended.append(sequence.result(reason, experts))
 
@@ -164,7 +165,11 @@ class EmbeddedEngine:
 
     def release(self, request_ids: Sequences[str]) -> None:
         for request_id in request_ids:
-            self._table.release(request_id)
+            self._kv.release(request_id)
+
+    def hand_over(self, request_ids: Sequences[str]) -> None:
+        for request_id in request_ids:
+            self._kv.hand_over(request_id)
 
     def update_weights(self, manifest: WeightsManifest, version: int) -> None:
         """Chunks that run continue under the new weights; their context is prefilled again."""
@@ -175,7 +180,7 @@ class EmbeddedEngine:
         except ValueError as error:
             raise EngineError(f"engine {self.name!r}: weights version {version}: {error}") from error
         self._version = version
-        self._forget_kv()
+        self._kv.forget(version)
 
     def write_weights(self, manifest: WeightsManifest) -> None:
         try:
@@ -219,10 +224,12 @@ class EmbeddedEngine:
             version=self._version,
             running=len(self._running),
             waiting=len(self._waiting),
-            cached_requests=len(self._table),
+            cached_requests=len(self._kv),
             generated_tokens=self._generated,
             prefilled_tokens=self._prefilled,
             cached_tokens=self._cached,
             decode_steps=self._steps,
             busy_seconds=self._busy_seconds,
+            kv_tokens=self._slots * self._max_context,
+            kv=self._kv.counters(),
         )
