@@ -25,6 +25,15 @@ class EngineError(PbsdError):
 
 
 @dataclass(frozen=True)
+class SiblingTokens:
+    """Tokens `[start, start + n)` of a request of the same group, prompt and observations included."""
+
+    request_id: str
+    start: int
+    tokens: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Chunk:
     """A request to continue `tokens` by at most `max_new_tokens`.
 
@@ -37,7 +46,9 @@ class Chunk:
     routed_from:  asks which experts read each token from this position on; None does not ask. A trajectory asks in all
                   its chunks, each time for what it does not know yet.
     kv_from:      the engine that ran the trajectory's last chunk, if its parked KV is to be fetched from there.
-    group_id:     trajectories of one prompt share it; what their contexts have in common is computed once. Empty: none.
+    group_id:     trajectories of one prompt share it; what their contexts have in common is computed once, and they are
+                  drafted for from each other. Empty: none.
+    siblings:     what others of the group have read and generated at other engines, to draft from.
     """
 
     request_id: str
@@ -49,6 +60,7 @@ class Chunk:
     routed_from: int | None = None
     kv_from: str | None = None
     group_id: str = ""
+    siblings: tuple[SiblingTokens, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -99,7 +111,8 @@ class KVCounters:
 
 @dataclass(frozen=True)
 class EngineStatistics:
-    """Counters since the engine started, gauges as they are now. kv_tokens: tokens whose KV it has memory for."""
+    """Counters since the engine started, gauges as they are now. kv_tokens: tokens whose KV it has memory for.
+    drafts, drafted_tokens, accepted_tokens: drafts that were verified, their tokens, and those that were sampled too."""
 
     version: int
     running: int
@@ -112,6 +125,9 @@ class EngineStatistics:
     busy_seconds: float
     kv_tokens: int = 0
     kv: KVCounters = KVCounters()
+    drafts: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
 
 class Engine(Protocol):

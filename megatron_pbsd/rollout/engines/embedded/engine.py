@@ -13,9 +13,11 @@ from megatron_pbsd.rollout.engines.embedded.attention import padded_keys
 from megatron_pbsd.rollout.engines.embedded.kv_cache import SlotCache
 from megatron_pbsd.rollout.engines.embedded.kv_pool import PoolPlace
 from megatron_pbsd.rollout.engines.embedded.kv_store import KVStore
+from megatron_pbsd.rollout.drafting.verification import agreeing
 from megatron_pbsd.rollout.engines.embedded.model import PackedModel
 from megatron_pbsd.rollout.engines.embedded.sampling import sample, uniforms
 from megatron_pbsd.rollout.engines.embedded.sequence import Sequence
+from megatron_pbsd.rollout.engines.embedded.speculation import Speculation
 from megatron_pbsd.rollout.engines.embedded.weights import checkpoint_views, copy_held, copy_published
 from megatron_pbsd.rollout.engines.protocol import Chunk, ChunkResult, EngineError, EngineStatistics
 from megatron_pbsd.trajectory import FinishReason
@@ -31,7 +33,8 @@ class EmbeddedEngine:
     model_path: local Hugging Face folder. slots: chunks that run at once, and contexts whose KV is kept.
     max_context: most tokens of a trajectory, prompt and observations included. threads: torch threads of the process.
     load_weights: False leaves the weights to the first publication. kv_pool: where KV is parked that loses its slot or
-    may go to another engine; None parks nothing.
+    may go to another engine; None parks nothing. speculation: drafts tokens, which changes nothing but the time it
+    takes; None does not.
     """
 
     def __init__(
@@ -46,6 +49,7 @@ class EmbeddedEngine:
         threads: int = 1,
         load_weights: bool = True,
         kv_pool: PoolPlace | None = None,
+        speculation: Speculation | None = None,
     ) -> None:
         self.name = name
         self._slots, self._max_context = slots, max_context
@@ -60,6 +64,7 @@ class EmbeddedEngine:
         self._waiting: dict[str, Sequence] = {}
         self._running: dict[str, Sequence] = {}
         self._kv = KVStore(self._cache, slots, kv_pool, name, self._running)
+        self._speculation = speculation
         self._ended: list[ChunkResult] = []
         self._version = 0
         self._generated = self._prefilled = self._cached = self._steps = 0
@@ -72,6 +77,9 @@ class EmbeddedEngine:
             arriving[chunk.request_id] = Sequence.of(chunk, self._max_context)
         if any(chunk.routed_from is not None for chunk in chunks):
             self._record_experts()
+        if self._speculation is not None:
+            for chunk in chunks:
+                self._speculation.learn(chunk)
         self._waiting.update(arriving)
 
     def _check(self, chunk: Chunk, arriving: dict[str, Sequence]) -> None:
@@ -117,23 +125,41 @@ class EmbeddedEngine:
 
     def _step(self) -> None:
         self._admit()
-        running = sorted(self._running.values(), key=lambda s: (len(s.tokens) - s.computed > 1, s.slot))
+        if self._speculation is not None:
+            self._speculation.propose(self._running.values())
+        running = sorted(self._running.values(), key=lambda s: (len(s.unread) > 1, s.slot))
         counts = [len(s.tokens) - s.computed for s in running]
         self._prefilled += sum(n for n, s in zip(counts, running) if n > 1 or not s.log_probs)
         logits = self._model.next_logits(running, self._cache)
-        keys = np.array([s.key for s in running], dtype=np.uint64)
-        positions = np.array([len(s.tokens) for s in running], dtype=np.uint64)
-        temperatures = np.array([s.chunk.temperature for s in running])
+        rows = [(s, i) for s in running for i in range(1 + len(s.draft))]
+        keys = np.array([s.key for s, _ in rows], dtype=np.uint64)
+        positions = np.array([len(s.tokens) + i for s, i in rows], dtype=np.uint64)
+        temperatures = np.array([s.chunk.temperature for s, _ in rows])
         try:
             tokens, log_probs = sample(logits, temperatures, uniforms(keys, positions))
         except FloatingPointError as error:
-            names = [running[row].request_id for row in error.args[0]]
+            names = list(dict.fromkeys(rows[row][0].request_id for row in error.args[0]))
             raise EngineError(f"engine {self.name!r}: logits are not finite for requests {names}") from error
-        for sequence, token, log_prob in zip(running, tokens, log_probs):
-            if reason := sequence.append(token, log_prob, self._version):
-                self._end(sequence, reason)
-        self._generated += len(running)
+        self._take(running, tokens, log_probs)
         self._steps += 1
+
+    def _take(self, running: list[Sequence], tokens: list[int], log_probs: list[float]) -> None:
+        """tokens, log_probs: sampled after each sequence and each token of its draft, end to end."""
+        drafted, kept, start = [len(s.draft) for s in running], [], 0
+        for sequence, count in zip(running, drafted):
+            end = start + 1 + count
+            kept.append(agreeing(sequence.draft, tokens[start:end]))
+            self._append(sequence, tokens[start : start + kept[-1] + 1], log_probs[start:end])
+            start = end
+        if self._speculation is not None:
+            self._speculation.verified(drafted, kept)
+
+    def _append(self, sequence: Sequence, tokens: list[int], log_probs: list[float]) -> None:
+        sequence.draft = ()
+        for token, log_prob in zip(tokens, log_probs):
+            self._generated += 1
+            if reason := sequence.append(token, log_prob, self._version):
+                return self._end(sequence, reason)
 
     def _admit(self) -> None:
         """Start waiting chunks in order of arrival, as far as slots and the prefill bound allow. Those whose prompt a
@@ -153,6 +179,8 @@ class EmbeddedEngine:
     def _end(self, sequence: Sequence, reason: FinishReason) -> None:
         del self._running[sequence.request_id]
         self._kv.retire(sequence)
+        if self._speculation is not None:
+            self._speculation.remember(sequence)
         experts = self._cache.experts_of(sequence.slot, sequence.routed) if sequence.routed else None
         self._ended.append(sequence.result(reason, experts))
 
@@ -220,6 +248,7 @@ class EmbeddedEngine:
         return scores
 
     def statistics(self) -> EngineStatistics:
+        speculation = self._speculation
         return EngineStatistics(
             version=self._version,
             running=len(self._running),
@@ -232,4 +261,7 @@ class EmbeddedEngine:
             busy_seconds=self._busy_seconds,
             kv_tokens=self._slots * self._max_context,
             kv=self._kv.counters(),
+            drafts=speculation.drafts if speculation else 0,
+            drafted_tokens=speculation.drafted if speculation else 0,
+            accepted_tokens=speculation.accepted if speculation else 0,
         )

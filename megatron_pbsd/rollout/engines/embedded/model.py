@@ -86,11 +86,13 @@ class PackedModel:
             self.next_logits([probe], cache)
 
     def next_logits(self, sequences: Sequences[Sequence], cache: SlotCache) -> torch.Tensor:
-        """Compute every token that is not in the cache yet; logits [B, V] after the last token of each sequence.
+        """Compute every token that is not in the cache yet, drafts too; logits [B + drafted tokens, V] after the last
+        token of each sequence, and after each token of its draft.
 
         sequences: those with one token to compute come first, in the order of their slots.
         """
-        counts = [len(s.tokens) - s.computed for s in sequences]
+        unread = [s.unread for s in sequences]
+        counts = [len(tokens) for tokens in unread]
         single = counts.count(1)
         rows = None
         if single:
@@ -100,15 +102,16 @@ class PackedModel:
         for sequence, count in zip(sequences[single:], counts[single:]):
             segments.extend(split_segment(end, count, sequence.slot, sequence.computed, self._like))
             end += count
-            ends.append(end)
+            ends.extend(range(end - len(sequence.draft), end + 1))
         padding = max(end, MINIMUM_ROWS, *(segment.reach for segment in segments)) - end
-        positions = self._tensor([p for s in sequences for p in range(s.computed, len(s.tokens))] + [0] * padding)
+        positions = self._tensor(
+            [p for s, count in zip(sequences, counts) for p in range(s.computed, s.computed + count)] + [0] * padding)
         slots = [s.slot for s, count in zip(sequences, counts) for _ in range(count)]
         cache.place(self._tensor(slots + [cache.scratch] * padding), positions)
         # Keeping rows by index is a copy that a step of nothing but decoding does without.
         keep = self._tensor([e - 1 for e in ends] + [0] * (MINIMUM_ROWS - len(ends))) if segments or padding else 0
         logits = self.module(
-            input_ids=self._tensor([t for s in sequences for t in s.tokens[s.computed :]] + [0] * padding)[None],
+            input_ids=self._tensor([t for tokens in unread for t in tokens] + [0] * padding)[None],
             position_ids=positions[None],
             use_cache=False,
             logits_to_keep=keep,
@@ -116,7 +119,7 @@ class PackedModel:
         ).logits
         if self._choices:
             cache.keep_experts(self._choices.latest())
-        return logits[0, : len(sequences)]
+        return logits[0, : len(ends)]
 
     def all_logits(self, sequences: Sequences[Sequences[int]]) -> torch.Tensor:
         """Logits [sum of lengths, V] of whole sequences, end to end; no cache is read or written."""

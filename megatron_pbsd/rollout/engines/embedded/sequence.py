@@ -16,7 +16,7 @@ class Sequence:
     """tokens: context and what was generated. computed: how many of them have their KV in `slot`.
 
     limit: length of `tokens` at which the chunk ends for want of room. cached: tokens whose KV was found at admission.
-    read_from: the first token that was read by this chunk itself.
+    read_from: the first token that was read by this chunk itself. draft: what the next step is to verify.
     """
 
     chunk: Chunk
@@ -28,6 +28,7 @@ class Sequence:
     computed: int = 0
     cached: int = 0
     read_from: int = 0
+    draft: tuple[int, ...] = ()
     log_probs: list[float] = field(default_factory=list)
     version_starts: list[tuple[int, int]] = field(default_factory=list)
 
@@ -40,6 +41,11 @@ class Sequence:
     @property
     def request_id(self) -> str:
         return self.chunk.request_id
+
+    @property
+    def unread(self) -> list[int]:
+        """What the next step reads: tokens without KV, at least one, and the draft after them."""
+        return [*self.tokens[self.computed :], *self.draft]
 
     def admit(self, slot: int, cached: int) -> None:
         """The chunk runs from now on, in `slot`, where `cached` tokens have their KV."""

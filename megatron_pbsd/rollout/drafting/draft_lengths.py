@@ -1,0 +1,127 @@
+"""How many tokens to draft: as many as make a step yield most tokens per second, and none where drafts do not pay."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from megatron_pbsd.rollout.drafting.step_cost import StepCost
+
+ALLOWANCE = 0.01
+"""Share of the engine's time that drafts may cost more than they bring: what finding out about them may cost."""
+PLAIN_EVERY = 16
+"""While drafts pay, every so many steps is one without, so that it stays known what those cost."""
+SAVED_STEPS = 8
+"""What drafts have won counts as allowance for later ones up to so many plain steps."""
+MEMORY = 0.98
+"""Weight, after one more step with drafts, of what was seen before."""
+
+
+class DraftLengths:
+    """longest: of a draft (γ_max). priority: how much more a probe's token counts than another's (λ).
+
+    Let β_i be the chance that a draft's i-th token is kept. A step of B sequences with drafts of γ tokens yields
+    B + Σ β_i tokens in T(B, γ) seconds: γ is chosen where that is most per second, which is the least of Seer's
+    T_SD(B, γ) with chances per position in place of one α for all. The tokens so found are handed out one by one to
+    the class, probes or others, with the larger benefit, a probe's counted `priority` times.
+
+    Whether drafts are made at all is a matter of account: each step adds `ALLOWANCE` of its seconds; one with drafts
+    adds what it saved, or takes what it lost, by the cost of plain steps. A step that is expected to lose more than
+    is there has no drafts.
+    """
+
+    def __init__(self, longest: int = 8, priority: float = 2.0):
+        if longest < 1:
+            raise ValueError(f"longest draft is {longest}, expected at least 1")
+        self.longest, self._priority = longest, priority
+        self.cost = StepCost()
+        # By position, of steps with drafts: sequences, drafts that reached it with all before kept, and kept there.
+        self._sequences = 0.0
+        self._reaching, self._tried, self._kept = np.zeros((3, longest))
+        self._account = 0.0
+        self._since_plain = 0
+
+    @property
+    def chances(self) -> np.ndarray:
+        """β, float [longest]: never rising. Positions that were never tried count as the one before them."""
+        last, conditional = 0.5, []
+        for tried, kept in zip(self._tried, self._kept):
+            last = (kept + last) / (tried + 1.0)
+            conditional.append(last)
+        return np.cumprod(conditional)
+
+    def worthwhile(self, sequences: int, prefilled: int) -> bool:
+        """Whether to make drafts for the next step, which decodes so many sequences and reads so many other tokens."""
+        if not self.cost.knows_plain or self._since_plain >= PLAIN_EVERY:
+            return False
+        plain = self.cost.plain(sequences, prefilled)
+        loss = plain
+        if self.cost.knows_drafts and self._sequences:
+            reaching = self._reaching / self._sequences * sequences
+            _, yielded, seconds = self._best(reaching, sequences, prefilled)
+            loss = seconds - plain - (yielded - sequences) * self._seconds_per_token(sequences)
+        return self._account >= max(loss, 0.0)
+
+    def choose(self, available: Sequence[int], probes: Sequence[bool], sequences: int, prefilled: int) -> list[int]:
+        """How much of each draft to verify. available: tokens of each draft; probes: whose they are."""
+        available = [min(n, self.longest) for n in available]
+        reaching = np.array([sum(n > i for n in available) for i in range(self.longest)], float)
+        if not reaching[0]:
+            return [0] * len(available)
+        length, _, _ = self._best(reaching, sequences, prefilled)
+        budget = sum(min(n, length) for n in available)
+        lengths = {True: 0, False: 0}
+        chances = np.append(self.chances, 0.0)
+        spent = 0
+        while spent < budget:
+            more = {kind: sum(n > lengths[kind] for n, probe in zip(available, probes) if probe == kind)
+                    for kind in lengths}
+            kind = max((k for k in lengths if more[k]),
+                       key=lambda k: (self._priority if k else 1.0) * chances[lengths[k]])
+            spent += more[kind]
+            lengths[kind] += 1
+        return [min(n, lengths[probe]) for n, probe in zip(available, probes)]
+
+    def _best(self, reaching: np.ndarray, sequences: int, prefilled: int) -> tuple[int, float, float]:
+        """The best length of drafts, if there are any; tokens and seconds of such a step. reaching: how many drafts
+        have each position."""
+        plain, chances = self.cost.plain(sequences, prefilled), self.chances
+        options = []
+        for length in range(1, self.longest + 1):
+            yielded = sequences + float(reaching[:length] @ chances[:length])
+            seconds = plain + self.cost.extra(reaching[0], reaching[:length].sum())
+            options.append((length, yielded, seconds))
+        return max(options, key=lambda option: option[1] / max(option[2], 1e-9))
+
+    def _seconds_per_token(self, sequences: int) -> float:
+        return self.cost.plain(sequences, 0) / sequences
+
+    def observe(
+        self, sequences: int, prefilled: int, drafted: Sequence[int], kept: Sequence[int], seconds: float
+    ) -> None:
+        """Of a step: lengths of its drafts, empty ones included, and how much was kept of each."""
+        drafts, tokens = sum(n > 0 for n in drafted), sum(drafted)
+        self._account += ALLOWANCE * seconds
+        self._since_plain = self._since_plain + 1 if tokens else 0
+        if self.cost.knows_plain:
+            if tokens:
+                plain = self.cost.plain(sequences, prefilled)
+                self._account -= seconds - plain - sum(kept) * self._seconds_per_token(sequences)
+            self._account = min(self._account, SAVED_STEPS * self.cost.plain(sequences, 0))
+        self.cost.observe(sequences, prefilled, drafts, tokens, seconds)
+        if tokens:
+            self._learn(sequences, drafted, kept)
+
+    def _learn(self, sequences: int, drafted: Sequence[int], kept: Sequence[int]) -> None:
+        positions = np.arange(self.longest)[:, None]
+        lengths, agreed = np.array(drafted), np.array(kept)
+        for seen, now in ((self._tried, (lengths > positions) & (agreed >= positions)), (self._kept, agreed > positions)):
+            seen *= MEMORY
+            seen += now.sum(1)
+
+    def available(self, sequences: int, lengths: Sequence[int]) -> None:
+        """Of a step for which drafts were made: how long they were, before `choose` cut them."""
+        self._sequences = MEMORY * self._sequences + sequences
+        self._reaching *= MEMORY
+        self._reaching += (np.array(lengths)[None, :] > np.arange(self.longest)[:, None]).sum(1)

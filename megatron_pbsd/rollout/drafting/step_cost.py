@@ -1,0 +1,71 @@
+"""What an engine's steps cost, learned from their seconds as they come."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+LEAST_STEPS = 8
+"""Steps without which nothing is said about plain ones."""
+OUTLIER = 3.0
+"""A step that takes so many times as long as expected says something about the machine, and counts as this much."""
+
+
+class DecayedLeastSquares:
+    """Linear in n features, the newest `memory` observations or so counting most."""
+
+    def __init__(self, features: int, memory: float):
+        self._moments, self._products = np.zeros((features, features)), np.zeros(features)
+        self._kept = 1 - 1 / memory
+        self._weights = np.zeros(features)
+        self.observations = 0
+
+    def observe(self, features: Sequence[float], value: float) -> None:
+        x = np.array(features, float)
+        self._moments = self._kept * self._moments + np.outer(x, x)
+        self._products = self._kept * self._products + value * x
+        # Features that never changed apart from each other share what they explain.
+        ridge = np.diag(1e-4 * self._moments.diagonal() + 1e-12)
+        self._weights = np.linalg.solve(self._moments + ridge, self._products)
+        self.observations += 1
+
+    def predict(self, features: Sequence[float]) -> float:
+        return float(self._weights @ np.array(features, float))
+
+
+class StepCost:
+    """`T(B, γ)` of Seer's rule (arXiv 2511.14617), measured while the engine runs: a plain step of B sequences that
+    also reads `prefilled` tokens takes a + b·B + p·prefilled seconds; verifying `drafted` tokens of `drafts` sequences
+    takes s·drafts + d·drafted more, in which making the drafts is included."""
+
+    def __init__(self) -> None:
+        self._plain = DecayedLeastSquares(3, 64.0)
+        self._extra = DecayedLeastSquares(2, 32.0)
+
+    @property
+    def knows_plain(self) -> bool:
+        return self._plain.observations >= LEAST_STEPS
+
+    @property
+    def knows_drafts(self) -> bool:
+        return self._extra.observations > 0
+
+    def plain(self, sequences: int, prefilled: int) -> float:
+        """Seconds, never negative."""
+        return max(0.0, self._plain.predict((1.0, sequences, prefilled)))
+
+    def extra(self, drafts: float, drafted: float) -> float:
+        """Seconds, never negative."""
+        return max(0.0, self._extra.predict((drafts, drafted)))
+
+    def observe(self, sequences: int, prefilled: int, drafts: int, drafted: int, seconds: float) -> None:
+        """Of a step. Before plain steps are known, those with drafts teach nothing."""
+        if self.knows_plain:
+            expected = self.plain(sequences, prefilled) + (self.extra(drafts, drafted) if self.knows_drafts else 0.0)
+            if not drafted or self.knows_drafts:
+                seconds = min(seconds, OUTLIER * expected)
+        if not drafted:
+            self._plain.observe((1.0, sequences, prefilled), seconds)
+        elif self.knows_plain:
+            self._extra.observe((drafts, drafted), seconds - self.plain(sequences, prefilled))

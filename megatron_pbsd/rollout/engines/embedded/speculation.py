@@ -1,0 +1,72 @@
+"""Grouped speculative decoding in the embedded engine: who is drafted for, and what becomes of the drafts."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Sequence as Sequences
+
+from megatron_pbsd.rollout.drafting.draft_lengths import DraftLengths
+from megatron_pbsd.rollout.drafting.groups import DraftGroups
+from megatron_pbsd.rollout.engines.embedded.sequence import Sequence
+from megatron_pbsd.rollout.engines.protocol import Chunk
+
+LEAST_CHANCE = 0.1
+"""A draft ends where its tokens have followed its suffix less often than this, of all times that anything did."""
+
+
+class Speculation:
+    """longest: of a draft. always: draft whatever it costs; for tests and measurements."""
+
+    def __init__(self, longest: int, always: bool = False):
+        self._groups, self._lengths, self._always = DraftGroups(), DraftLengths(longest), always
+        self._began, self._prefilled = 0.0, 0
+        self.drafts = self.drafted = self.accepted = 0
+
+    def learn(self, chunk: Chunk) -> None:
+        """What siblings have read and generated elsewhere."""
+        for sibling in chunk.siblings:
+            group = _group(chunk)
+            self._groups.register(group)
+            if sibling.start <= self._groups.known(group, sibling.request_id):
+                self._groups.update(group, sibling.request_id, sibling.start, sibling.tokens)
+
+    def remember(self, sequence: Sequence) -> None:
+        """What the sequence has read and generated, for its siblings and itself."""
+        group, request_id = _group(sequence.chunk), sequence.request_id
+        self._groups.register(group)
+        known = self._groups.known(group, request_id)
+        self._groups.update(group, request_id, known, sequence.tokens[known:])
+
+    def propose(self, running: Collection[Sequence]) -> None:
+        """Set the drafts that the next step is to verify. It begins now."""
+        self._began = time.perf_counter()
+        decoding = [s for s in running if len(s.tokens) - s.computed == 1]
+        self._prefilled = prefilled = sum(len(s.tokens) - s.computed for s in running) - len(decoding)
+        if not decoding or not (self._always or self._lengths.worthwhile(len(running), prefilled)):
+            return
+        drafts = [self._draft(s) for s in decoding]
+        lengths = [len(draft) for draft in drafts]
+        self._lengths.available(len(running), lengths)
+        if not self._always:
+            lengths = self._lengths.choose(lengths, [False] * len(drafts), len(running), prefilled)
+        for sequence, draft, length in zip(decoding, drafts, lengths):
+            sequence.draft = draft[:length]
+
+    def _draft(self, sequence: Sequence) -> tuple[int, ...]:
+        """The last token that the chunk has room for is the bonus."""
+        longest = min(self._lengths.longest, sequence.limit - len(sequence.tokens) - 1)
+        if longest < 1:
+            return ()
+        self.remember(sequence)
+        return self._groups.draft(_group(sequence.chunk), sequence.request_id, longest, LEAST_CHANCE).tokens
+
+    def verified(self, drafted: Sequences[int], kept: Sequences[int]) -> None:
+        """The step is over. Per sequence: tokens of its draft, and how many of them were kept."""
+        self._lengths.observe(len(drafted), self._prefilled, drafted, kept, time.perf_counter() - self._began)
+        self.drafts += sum(n > 0 for n in drafted)
+        self.drafted += sum(drafted)
+        self.accepted += sum(kept)
+
+
+def _group(chunk: Chunk) -> str:
+    return chunk.group_id or chunk.request_id
