@@ -27,7 +27,7 @@ class DraftLengths:
     the class, probes or others, with the larger benefit, a probe's counted `priority` times.
 
     Whether drafts are made at all is a matter of account: each step adds `ALLOWANCE` of its seconds; one with drafts
-    adds what it saved, or takes what it lost, by the cost of plain steps. A step that is expected to lose more than
+    adds what it saved, or takes what it lost, by the least that plain steps may cost. A step that is expected to lose more than
     is there has no drafts.
     """
 
@@ -60,7 +60,7 @@ class DraftLengths:
         if self.cost.knows_drafts and self._sequences:
             reaching = self._reaching / self._sequences * sequences
             _, yielded, seconds = self._best(reaching, sequences, prefilled)
-            loss = seconds - plain - (yielded - sequences) * self._seconds_per_token(sequences)
+            loss = seconds - plain - (yielded - sequences) * self.cost.plain(sequences, 0) / sequences
         return self._account >= max(loss, 0.0)
 
     def choose(self, available: Sequence[int], probes: Sequence[bool], sequences: int, prefilled: int) -> list[int]:
@@ -69,7 +69,8 @@ class DraftLengths:
         reaching = np.array([sum(n > i for n in available) for i in range(self.longest)], float)
         if not reaching[0]:
             return [0] * len(available)
-        length, _, _ = self._best(reaching, sequences, prefilled)
+        # What drafts cost is found out with the cheapest.
+        length = self._best(reaching, sequences, prefilled)[0] if self.cost.knows_drafts else 1
         budget = sum(min(n, length) for n in available)
         lengths = {True: 0, False: 0}
         chances = np.append(self.chances, 0.0)
@@ -94,9 +95,6 @@ class DraftLengths:
             options.append((length, yielded, seconds))
         return max(options, key=lambda option: option[1] / max(option[2], 1e-9))
 
-    def _seconds_per_token(self, sequences: int) -> float:
-        return self.cost.plain(sequences, 0) / sequences
-
     def observe(
         self, sequences: int, prefilled: int, drafted: Sequence[int], kept: Sequence[int], seconds: float
     ) -> None:
@@ -106,8 +104,8 @@ class DraftLengths:
         self._since_plain = self._since_plain + 1 if tokens else 0
         if self.cost.knows_plain:
             if tokens:
-                plain = self.cost.plain(sequences, prefilled)
-                self._account -= seconds - plain - sum(kept) * self._seconds_per_token(sequences)
+                saved = sum(kept) * self.cost.least(sequences, 0) / sequences
+                self._account -= seconds - self.cost.least(sequences, prefilled) - saved
             self._account = min(self._account, SAVED_STEPS * self.cost.plain(sequences, 0))
         self.cost.observe(sequences, prefilled, drafts, tokens, seconds)
         if tokens:

@@ -19,10 +19,14 @@ class DecayedLeastSquares:
         self._moments, self._products = np.zeros((features, features)), np.zeros(features)
         self._kept = 1 - 1 / memory
         self._weights = np.zeros(features)
+        self._count = self._squares = 0.0
         self.observations = 0
 
     def observe(self, features: Sequence[float], value: float) -> None:
         x = np.array(features, float)
+        if self.observations >= len(x):
+            self._count = self._kept * self._count + 1
+            self._squares = self._kept * self._squares + (value - self._weights @ x) ** 2
         self._moments = self._kept * self._moments + np.outer(x, x)
         self._products = self._kept * self._products + value * x
         # Features that never changed apart from each other share what they explain.
@@ -32,6 +36,11 @@ class DecayedLeastSquares:
 
     def predict(self, features: Sequence[float]) -> float:
         return float(self._weights @ np.array(features, float))
+
+    @property
+    def error(self) -> float:
+        """Standard error of what is predicted, in the middle of what was observed."""
+        return float(np.sqrt(self._squares) / self._count) if self._count else 0.0
 
 
 class StepCost:
@@ -54,6 +63,10 @@ class StepCost:
     def plain(self, sequences: int, prefilled: int) -> float:
         """Seconds, never negative."""
         return max(0.0, self._plain.predict((1.0, sequences, prefilled)))
+
+    def least(self, sequences: int, prefilled: int) -> float:
+        """Seconds that a plain step takes at least, in all likelihood (two standard errors)."""
+        return max(0.0, self.plain(sequences, prefilled) - 2 * self._plain.error)
 
     def extra(self, drafts: float, drafted: float) -> float:
         """Seconds, never negative."""
