@@ -11,7 +11,6 @@ import pytest
 from scripted_rollout import EchoEnvironment, requests
 
 from megatron_pbsd.config import RolloutConfig
-from megatron_pbsd.controller.failures import ComponentDied
 from megatron_pbsd.controller.inline import InlineRuntime
 from megatron_pbsd.resharding.shared_memory import SharedFolder
 from megatron_pbsd.rollout.coordinator import Coordinator
@@ -22,6 +21,7 @@ from megatron_pbsd.rollout.policies.longest_remaining import LongestRemaining
 from megatron_pbsd.rollout.sink import read_trajectories
 
 MB = 2**20
+POLICIES = ("group_pinned", "least_loaded", "divided", "context_aware", "longest_remaining")
 
 
 @pytest.fixture
@@ -64,7 +64,7 @@ def test_trajectories_are_the_same_under_any_policy(folders, family, pool_folder
     expected = collected(
         Coordinator(spawn(runtime, folders[family], pool_folder, alone), EchoEnvironment(), alone, runtime.client),
         asked, routed_experts=True)
-    for policy in ("group_pinned", "least_loaded", "divided", "context_aware", "longest_remaining"):
+    for policy in POLICIES if family == "qwen3" else POLICIES[-1:]:
         config = limits(policy, chunk_tokens=7 if policy not in ("group_pinned", "least_loaded") else None)
         coordinator = Coordinator(
             spawn(runtime, folders[family], pool_folder, config, 2), EchoEnvironment(), config, runtime.client)
@@ -116,7 +116,7 @@ def test_lengths_of_an_earlier_rollout_are_the_prior_of_the_next(folders, pool_f
     assert coordinator.statistics().predicted_lengths["count"] > 0
 
 
-@pytest.mark.parametrize("policy", ["least_loaded", "longest_remaining"])
+@pytest.mark.parametrize("policy", [pytest.param("least_loaded", marks=pytest.mark.slow), "longest_remaining"])
 def test_a_killed_engine_costs_no_finished_chunk(ray_runtime, folders, pool_folder, tmp_path, policy):
     """SIGKILL in the middle of a rollout. It ends as an undisturbed one, and a further rollout does without."""
     asked, quiet = requests(12, 4), InlineRuntime()
@@ -155,18 +155,6 @@ def test_a_killed_engine_costs_no_finished_chunk(ray_runtime, folders, pool_fold
     assert_same([t for group in again for t in group.trajectories], expected[:8])
     assert {span.engine for span in ray_runtime.result(coordinator.call("statistics")).spans} == {
         "engine-1", "engine-2"}
-
-
-def test_the_last_engines_death_ends_the_rollout(ray_runtime, folders, pool_folder):
-    config = limits()
-    (handle,) = spawn(ray_runtime, folders["qwen3"], pool_folder, config, first=7)
-    import ray
-
-    ray_runtime.result(handle.ready())
-    os.kill(ray.get(handle.pid), signal.SIGKILL)
-    coordinator = Coordinator([handle], EchoEnvironment(), config, ray_runtime.client)
-    with pytest.raises(ComponentDied, match="engine-7 died"):
-        collected(coordinator, requests(1, 2))
 
 
 class Meddling(EchoEnvironment):
