@@ -91,7 +91,7 @@ def test_going_on_at_another_engine(pooled, kind):
 
 
 def test_a_dead_engines_kv_is_found_by_the_living(pooled):
-    first, context, expected = first_and_second(pooled())
+    _, context, expected = first_and_second(pooled())
     dead, living = pooled(name="dead"), pooled(name="living")
     ask(dead, PROMPT, 9)
     del dead

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, multiple, rule
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, rule
 
 from megatron_pbsd.resharding.shared_memory import ROOT, Segment, SharedFolder
 from megatron_pbsd.rollout.engines.embedded.kv_cache import common_prefix
