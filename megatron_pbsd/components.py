@@ -294,7 +294,8 @@ def start_engines(runtime: Runtime, config: RunConfig, kv_pool: SharedFolder) ->
         runtime, build_engine, count=rollout.engines, deadline_s=rollout.deadline_s, model_path=config.model.path,
         slots=rollout.slots, max_context=rollout.max_context,
         load_weights=config.model.initial_weights == "load",
-        kv_pool=PoolPlace(kv_pool.path, rollout.kv_pool_mb * 2**20, shared=rollout.divides))
+        kv_pool=PoolPlace(kv_pool.path, rollout.kv_pool_mb * 2**20, shared=rollout.divides),
+        longest_draft=rollout.speculation.max_draft_tokens if rollout.speculation.enabled else None)
 
 
 def start_reference(runtime: Runtime, config: RunConfig) -> EngineGroup | None:
@@ -307,10 +308,14 @@ def start_reference(runtime: Runtime, config: RunConfig) -> EngineGroup | None:
     return EngineGroup(runtime, [handle], config.rollout.deadline_s)
 
 
-def build_engine(**arguments: Any) -> Engine:
-    """In the engine's own process: the driver never imports transformers."""
+def build_engine(longest_draft: int | None = None, **arguments: Any) -> Engine:
+    """In the engine's own process: the driver never imports transformers. longest_draft: None does not speculate."""
     from megatron_pbsd.rollout.engines.embedded.engine import EmbeddedEngine
 
+    if longest_draft is not None:
+        from megatron_pbsd.rollout.engines.embedded.speculation import Speculation
+
+        arguments["speculation"] = Speculation(longest_draft)
     return EmbeddedEngine(**arguments)
 
 

@@ -24,8 +24,19 @@ def of_engines(rollouts: Sequence[CollectStatistics]) -> dict[str, float]:
         "rollout/tail_s": sum(r.tail_seconds for r in rollouts),
         "rollout/moves": float(sum(r.moves for r in rollouts)),
         "rollout/engine_deaths": float(sum(len(r.deaths) for r in rollouts)),
+        **_of_drafts(rollouts),
         **_of_kv(rollouts),
         **_of_lengths([r.predicted_lengths for r in rollouts if r.predicted_lengths]),
+    }
+
+
+def _of_drafts(rollouts: Sequence[CollectStatistics]) -> dict[str, float]:
+    """acceptance_length: tokens per pass that verified a draft, the one after it included; 1 if there were none."""
+    drafts, accepted = sum(r.drafts for r in rollouts), sum(r.accepted_tokens for r in rollouts)
+    return {
+        "speculation/acceptance_length": 1.0 + (accepted / drafts if drafts else 0.0),
+        "speculation/drafted_tokens": float(sum(r.drafted_tokens for r in rollouts)),
+        "speculation/accepted_tokens": float(accepted),
     }
 
 

@@ -13,6 +13,13 @@ DIVIDING = ("divided", "context_aware", "longest_remaining")
 CHUNKS_PER_TURN, SHORTEST_CHUNK = 8, 16
 
 
+class SpeculationConfig(Section):
+    enabled: bool = False
+    """Draft tokens from what siblings generated, where that is measured to pay; what is generated stays the same."""
+    max_draft_tokens: Annotated[int, Field(ge=1, le=64)] = 8
+    """Longest draft."""
+
+
 class RolloutConfig(Section):
     engines: PositiveInt = 2
     """Number of embedded engines."""
@@ -36,6 +43,8 @@ class RolloutConfig(Section):
     """Longest chunk of policies that divide; null is an eighth of max_turn_tokens, and at least 16."""
     kv_pool_mb: Annotated[int, Field(ge=0)] = 256
     """Host memory of each engine for KV that has lost its slot or may go to another engine (MiB); 0 keeps none."""
+    speculation: SpeculationConfig = SpeculationConfig()
+    """Grouped speculative decoding."""
     engine_restarts: Annotated[int, Field(ge=0)] = 2
     """Engines that died and are started again, in a whole run; a further death ends it."""
     deadline_s: Annotated[float, Field(gt=0)] = 300.0

@@ -58,6 +58,7 @@ class CollectStatistics:
     moves: chunks that ran on another engine than their trajectory's last.
     recomputed_tokens: whose KV an earlier chunk of the trajectory had computed, but was not found again.
     kv: what became of KV, all engines together. spans: when engines had work.
+    drafts, drafted_tokens, accepted_tokens: see `protocol.EngineStatistics`.
     deaths: of engines without which the rollout went on; nothing of what they counted is in here.
     predicted_lengths: see `length_context.Calibration`; empty under policies that predict none."""
 
@@ -75,6 +76,9 @@ class CollectStatistics:
     moves: int = 0
     recomputed_tokens: int = 0
     kv: KVCounters = field(default_factory=KVCounters)
+    drafts: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
     spans: tuple[EngineSpan, ...] = ()
     deaths: tuple[ComponentDied, ...] = ()
     predicted_lengths: Mapping[str, float] = field(default_factory=dict)
@@ -255,6 +259,7 @@ def summarised(
         engine_idle_share=max(0.0, 1.0 - total("busy_seconds") / (wall_seconds * len(after))),
         taken_up=len(taken_up),
         taken_up_tokens=sum(t.generated for t in taken_up),
+        **{counter: int(total(counter)) for counter in ("drafts", "drafted_tokens", "accepted_tokens")},
         engine_steps=int(max(made(name, "decode_steps") for name in after)),
         kv=kv_counters([s.kv for s in after.values()], [s.kv for name, s in before.items() if name in after]),
     )

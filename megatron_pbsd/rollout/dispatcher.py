@@ -14,6 +14,7 @@ from megatron_pbsd.config import RolloutConfig
 from megatron_pbsd.controller.failures import ComponentDied, DeadlineExpired
 from megatron_pbsd.controller.runtime import Client, Future
 from megatron_pbsd.rollout.activity import Activity
+from megatron_pbsd.rollout.drafting.exchange import Exchange
 from megatron_pbsd.rollout.engine_set import EngineSet
 from megatron_pbsd.rollout.engines.protocol import ChunkResult, EngineStatistics
 from megatron_pbsd.rollout.episode import Episode
@@ -36,6 +37,7 @@ class Dispatcher:
         self._outstanding: dict[str, _Call] = {}
         self._ran_at: dict[str, str] = {}
         self._read: dict[str, int] = {}
+        self._exchange = Exchange() if config.speculation.enabled else None
         self.activity = Activity()
         self.moves = self.recomputed_tokens = 0
         self._kv_tokens = max((s.kv_tokens for s in statistics.values()), default=0)
@@ -107,6 +109,8 @@ class Dispatcher:
     def _pump(self, name: str) -> None:
         work = self._work[name]
         chunks = [self._episodes[request_id].next_chunk(tokens, source) for request_id, tokens, source in work.starts]
+        if self._exchange is not None:
+            chunks = [self._exchange.sent(name, chunk) for chunk in chunks]
         start_ns = time.time_ns()
         future = self._engines.handles[name].call("pump", chunks, work.releases, work.hand_overs)
         self._outstanding[name] = _Call(future, time.monotonic(), start_ns)
@@ -115,6 +119,8 @@ class Dispatcher:
     def _finished(self, name: str, result: ChunkResult) -> None:
         request_id = result.request_id
         self._scheduler.chunk_finished(request_id, len(result.tokens))
+        if self._exchange is not None:
+            self._exchange.returned(name, request_id, result.tokens)
         self.recomputed_tokens += max(0, self._read.get(request_id, 0) - result.cached_tokens)
         self._read[request_id] = self._episodes[request_id].context_tokens + len(result.tokens) - 1
         self._ran_at[request_id] = name
@@ -125,6 +131,8 @@ class Dispatcher:
         del self._work[death.name]
         self._outstanding.pop(death.name, None)
         self._scheduler.engine_lost(death.name)
+        if self._exchange is not None:
+            self._exchange.lost(death.name)
 
     def _first_done(self) -> str:
         deadline_s = self._config.deadline_s

@@ -82,9 +82,11 @@ class Episode:
         """max_tokens: of this chunk, if it is to end before the turn has to. kv_from: see `Chunk`."""
         start, room = self._start, self.room
         room = room if max_tokens is None else min(room, max_tokens)
+        # Other steps have groups of the same id, with other prompts.
+        group = start.trajectory_id.rpartition("/")[0]
         return Chunk(start.trajectory_id, tuple(self._context), room, start.seed, start.temperature,
                      start.stop_token_ids, self._routed if start.routed_experts else None,
-                     kv_from, start.group_id)
+                     kv_from, group)
 
     @property
     def _routed(self) -> int:

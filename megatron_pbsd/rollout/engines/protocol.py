@@ -112,7 +112,7 @@ class KVCounters:
 @dataclass(frozen=True)
 class EngineStatistics:
     """Counters since the engine started, gauges as they are now. kv_tokens: tokens whose KV it has memory for.
-    drafts, drafted_tokens, accepted_tokens: drafts that were verified, their tokens, and those that were sampled too."""
+    drafts, drafted_tokens, accepted_tokens: drafts that were verified, their tokens, and those that were kept."""
 
     version: int
     running: int

@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence as Sequences
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from megatron_pbsd.resharding.manifest import WeightsManifest, checksum
+from megatron_pbsd.rollout.drafting.verification import agreeing
 from megatron_pbsd.rollout.engines.embedded.attention import padded_keys
 from megatron_pbsd.rollout.engines.embedded.kv_cache import SlotCache
 from megatron_pbsd.rollout.engines.embedded.kv_pool import PoolPlace
 from megatron_pbsd.rollout.engines.embedded.kv_store import KVStore
-from megatron_pbsd.rollout.drafting.verification import agreeing
 from megatron_pbsd.rollout.engines.embedded.model import PackedModel
 from megatron_pbsd.rollout.engines.embedded.sampling import sample, uniforms
 from megatron_pbsd.rollout.engines.embedded.sequence import Sequence
-from megatron_pbsd.rollout.engines.embedded.speculation import Speculation
 from megatron_pbsd.rollout.engines.embedded.weights import checkpoint_views, copy_held, copy_published
 from megatron_pbsd.rollout.engines.protocol import Chunk, ChunkResult, EngineError, EngineStatistics
 from megatron_pbsd.trajectory import FinishReason
+
+if TYPE_CHECKING:  # which needs numba; an engine that does not speculate does not
+    from megatron_pbsd.rollout.engines.embedded.speculation import Speculation
 
 # Bound the activations of one forward pass; a single longer sequence still goes through whole.
 PREFILL_TOKENS_PER_STEP = 4096
