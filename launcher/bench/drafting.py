@@ -2,8 +2,8 @@
 
 us_per_draft         microseconds per draft of at most 8 tokens
 us_per_token         per token appended, in pieces of 64 as chunks bring them; us_per_token_alone: one at a time
-over_arctic          our time over that of arctic-inference's suffix tree of the same depth, on the same traces, appended
-                     and drafted for in the same order; null, with `without_arctic` saying why, if it is not installed
+over_arctic          our time over that of arctic-inference's suffix tree of the same depth, on the same traces in the
+                     same order; null, with `without_arctic` saying why, if it is not installed
 megabytes_per_million_tokens  of the automaton
 accepted_over_arctic how many tokens of drafts agree with the traces, ours over arctic's
 acceptance_by_siblings  mean acceptance length, bonus token included, by number of finished siblings: linear drafts, and

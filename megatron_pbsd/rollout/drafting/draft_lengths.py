@@ -27,8 +27,8 @@ class DraftLengths:
     the class, probes or others, with the larger benefit, a probe's counted `priority` times.
 
     Whether drafts are made at all is a matter of account: each step adds `ALLOWANCE` of its seconds; one with drafts
-    adds what it saved, or takes what it lost, by the least that plain steps may cost. A step that is expected to lose more than
-    is there has no drafts.
+    adds what it saved, or takes what it lost, by the least that plain steps may cost. A step that is expected to lose
+    more than is there has no drafts.
     """
 
     def __init__(self, longest: int = 8, priority: float = 2.0):
@@ -114,7 +114,8 @@ class DraftLengths:
     def _learn(self, sequences: int, drafted: Sequence[int], kept: Sequence[int]) -> None:
         positions = np.arange(self.longest)[:, None]
         lengths, agreed = np.array(drafted), np.array(kept)
-        for seen, now in ((self._tried, (lengths > positions) & (agreed >= positions)), (self._kept, agreed > positions)):
+        reached = (lengths > positions) & (agreed >= positions)
+        for seen, now in ((self._tried, reached), (self._kept, agreed > positions)):
             seen *= MEMORY
             seen += now.sum(1)
 

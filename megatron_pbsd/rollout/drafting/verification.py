@@ -25,8 +25,8 @@ def accepted_or_resampled(
 
     drafted_from [γ, V]: the distribution that each token of the draft was drawn from. target [γ + 1, V]: the model's.
     uniforms [γ + 1, 2] in [0, 1): for each position whether to accept, and what to take instead.
-    A token is accepted with chance min(1, p / q); after the first that is not, one comes from max(0, p − q), normalised;
-    after the last of all one comes from `target`. Each token is distributed as `target` has it.
+    A token is accepted with chance min(1, p / q); after the first that is not, one comes from max(0, p − q),
+    normalised; after the last of all one comes from `target`. Each token is distributed as `target` has it.
     """
     kept: list[int] = []
     for token, q, p, (accept, resample) in zip(draft, drafted_from, target, uniforms):
