@@ -130,7 +130,7 @@ class EmbeddedEngine:
         self._admit()
         if self._speculation is not None:
             self._speculation.propose(self._running.values())
-        running = sorted(self._running.values(), key=lambda s: (len(s.unread) > 1, s.slot))
+        running = sorted(self._running.values(), key=lambda s: (s.kind, s.slot))
         counts = [len(s.tokens) - s.computed for s in running]
         self._prefilled += sum(n for n, s in zip(counts, running) if n > 1 or not s.log_probs)
         logits = self._model.next_logits(running, self._cache)

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from enum import IntEnum
 
 import numpy as np
 
 from megatron_pbsd.rollout.engines.embedded.sampling import request_key
 from megatron_pbsd.rollout.engines.protocol import Chunk, ChunkResult
 from megatron_pbsd.trajectory import FinishReason, VersionSpan
+
+
+class Kind(IntEnum):
+    """What a sequence does in a step."""
+
+    DECODES = 0
+    VERIFIES = 1
+    READS = 2
 
 
 @dataclass(eq=False)
@@ -41,6 +50,13 @@ class Sequence:
     @property
     def request_id(self) -> str:
         return self.chunk.request_id
+
+    @property
+    def kind(self) -> Kind:
+        """A sequence that reads more than its last token has no draft."""
+        if len(self.tokens) - self.computed > 1:
+            return Kind.READS
+        return Kind.VERIFIES if self.draft else Kind.DECODES
 
     @property
     def unread(self) -> list[int]:
