@@ -100,6 +100,7 @@ class DraftLengths:
     ) -> None:
         """Of a step: lengths of its drafts, empty ones included, and how much was kept of each."""
         drafts, tokens = sum(n > 0 for n in drafted), sum(drafted)
+        seconds = self.cost.counted(sequences, prefilled, drafts, tokens, seconds)
         self._account += ALLOWANCE * seconds
         self._since_plain = self._since_plain + 1 if tokens else 0
         if self.cost.knows_plain:

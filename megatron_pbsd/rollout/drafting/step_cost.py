@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 LEAST_STEPS = 8
-"""Steps without which nothing is said about plain ones."""
+"""Steps of a kind, plain or with drafts, that make known what such steps cost."""
 OUTLIER = 3.0
 """A step that takes so many times as long as expected says something about the machine, and counts as this much."""
 
@@ -72,12 +72,16 @@ class StepCost:
         """Seconds, never negative."""
         return max(0.0, self._extra.predict((drafts, drafted)))
 
+    def counted(self, sequences: int, prefilled: int, drafts: int, drafted: int, seconds: float) -> float:
+        """As many of a step's seconds as say something about such steps."""
+        known = self._extra.observations >= LEAST_STEPS if drafted else self.knows_plain
+        if not known:
+            return seconds
+        expected = self.plain(sequences, prefilled) + (self.extra(drafts, drafted) if drafted else 0.0)
+        return min(seconds, OUTLIER * expected)
+
     def observe(self, sequences: int, prefilled: int, drafts: int, drafted: int, seconds: float) -> None:
-        """Of a step. Before plain steps are known, those with drafts teach nothing."""
-        if self.knows_plain:
-            expected = self.plain(sequences, prefilled) + (self.extra(drafts, drafted) if self.knows_drafts else 0.0)
-            if not drafted or self.knows_drafts:
-                seconds = min(seconds, OUTLIER * expected)
+        """Of a step, the seconds that count. Before plain steps are known, those with drafts teach nothing."""
         if not drafted:
             self._plain.observe((1.0, sequences, prefilled), seconds)
         elif self.knows_plain:

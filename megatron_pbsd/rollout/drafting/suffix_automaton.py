@@ -301,6 +301,13 @@ class SuffixAutomaton:
                 for i, n in enumerate(lengths[:count].tolist())]
 
 
+def warm_up() -> None:
+    """Compile what is compiled, or load it: seconds the first time on a machine, and most of one in each process."""
+    automaton = SuffixAutomaton(3)
+    automaton.append(automaton.add_sequence(), np.array([1, 2, 1, 3, 1, 2, 1], np.int32))
+    automaton.paths(0, 2, 2)
+
+
 def _grown(table: np.ndarray, rows: int) -> np.ndarray:
     grown = np.empty((rows, table.shape[1]), np.int32)
     grown[: len(table)] = table

@@ -104,6 +104,18 @@ def test_drafts_that_stop_paying_stop_and_begin_again():
     assert drafted[0] > 270 and drafted[1] < 30 and drafted[2] > 270
 
 
+def test_a_pause_of_the_machine_does_not_end_drafts_that_pay():
+    engine, rule = Engine(1.0, 0.001, 0.0, 0.01, acceptance=0.8), DraftLengths()
+    for _ in range(600):
+        engine.run(rule, 16)
+    engine.step, engine.drafted_steps = 500.0, 0
+    engine.run(rule, 16)
+    engine.step = 1.0
+    for _ in range(50):
+        engine.run(rule, 16)
+    assert engine.drafted_steps > 40
+
+
 def known(chances, per_token, sequences=10):
     """A rule that has learned these conditional chances and costs."""
     rule = DraftLengths(len(chances))
@@ -157,7 +169,8 @@ def test_one_slow_step_is_no_new_cost():
     cost = StepCost()
     for _ in range(100):
         cost.observe(8, 0, 0, 0, 0.01)
-    cost.observe(8, 0, 0, 0, 5.0)
+    assert cost.counted(8, 0, 0, 0, 0.012) == 0.012
+    cost.observe(8, 0, 0, 0, cost.counted(8, 0, 0, 0, 5.0))
     assert cost.plain(8, 0) < 0.011
 
 

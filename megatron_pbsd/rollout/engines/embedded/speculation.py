@@ -7,6 +7,7 @@ from collections.abc import Collection, Sequence as Sequences
 
 from megatron_pbsd.rollout.drafting.draft_lengths import DraftLengths
 from megatron_pbsd.rollout.drafting.groups import DraftGroups
+from megatron_pbsd.rollout.drafting.suffix_automaton import warm_up
 from megatron_pbsd.rollout.engines.embedded.sequence import Sequence
 from megatron_pbsd.rollout.engines.protocol import Chunk
 
@@ -18,6 +19,8 @@ class Speculation:
     """longest: of a draft. always: draft whatever it costs; for tests and measurements."""
 
     def __init__(self, longest: int, always: bool = False):
+        # Not when the first draft is made, whose cost is measured.
+        warm_up()
         self._groups, self._lengths, self._always = DraftGroups(), DraftLengths(longest), always
         self._began, self._prefilled = 0.0, 0
         self.drafts = self.drafted = self.accepted = 0
