@@ -12,6 +12,10 @@ ALLOWANCE = 0.01
 """Share of the engine's time that drafts may cost more than they bring: what finding out about them may cost."""
 PLAIN_EVERY = 16
 """While drafts pay, every so many steps is one without, so that it stays known what those cost."""
+LOOK_EVERY = 8
+"""Steps without drafts are looked at this often once their cost is well known: a look takes as long as a draft."""
+WELL_KNOWN = 64
+"""Plain steps that make their cost well known."""
 SAVED_STEPS = 8
 """What drafts have won counts as allowance for later ones up to so many plain steps."""
 MEMORY = 0.98
@@ -40,7 +44,9 @@ class DraftLengths:
         self._sequences = 0.0
         self._reaching, self._tried, self._kept = np.zeros((3, longest))
         self._account = 0.0
-        self._since_plain = 0
+        self._since_plain = self._unseen = self._attempts = 0
+        # Of the next step with drafts, until there is a further look: seconds that it is expected to lose.
+        self._loss = 0.0
 
     @property
     def chances(self) -> np.ndarray:
@@ -53,15 +59,20 @@ class DraftLengths:
 
     def worthwhile(self, sequences: int, prefilled: int) -> bool:
         """Whether to make drafts for the next step, which decodes so many sequences and reads so many other tokens."""
-        if not self.cost.knows_plain or self._since_plain >= PLAIN_EVERY:
+        if not self.cost.knows_plain or self._since_plain >= PLAIN_EVERY or self._account < 0.0:
             return False
+        if self._unseen == 0:
+            self._loss = self._expected_loss(sequences, prefilled)
+        return self._account >= self._loss
+
+    def _expected_loss(self, sequences: int, prefilled: int) -> float:
+        """Seconds. As long as nothing is known of drafts, a step."""
         plain = self.cost.plain(sequences, prefilled)
-        loss = plain
-        if self.cost.knows_drafts and self._sequences:
-            reaching = self._reaching / self._sequences * sequences
-            _, yielded, seconds = self._best(reaching, sequences, prefilled)
-            loss = seconds - plain - (yielded - sequences) * self.cost.plain(sequences, 0) / sequences
-        return self._account >= max(loss, 0.0)
+        if not self.cost.knows_drafts:
+            return plain
+        _, yielded, seconds = self._best(
+            self._reaching / self._sequences * sequences, sequences, prefilled, sequences)
+        return seconds - plain - (yielded - sequences) * self.cost.plain(sequences, 0) / sequences
 
     def choose(self, available: Sequence[int], probes: Sequence[bool], sequences: int, prefilled: int) -> list[int]:
         """How much of each draft to verify. available: tokens of each draft; probes: whose they are."""
@@ -70,7 +81,7 @@ class DraftLengths:
         if not reaching[0]:
             return [0] * len(available)
         # What drafts cost is found out with the cheapest.
-        length = self._best(reaching, sequences, prefilled)[0] if self.cost.knows_drafts else 1
+        length = self._best(reaching, sequences, prefilled, len(available))[0] if self.cost.knows_drafts else 1
         budget = sum(min(n, length) for n in available)
         lengths = {True: 0, False: 0}
         chances = np.append(self.chances, 0.0)
@@ -84,14 +95,16 @@ class DraftLengths:
             lengths[kind] += 1
         return [min(n, lengths[probe]) for n, probe in zip(available, probes)]
 
-    def _best(self, reaching: np.ndarray, sequences: int, prefilled: int) -> tuple[int, float, float]:
+    def _best(
+        self, reaching: np.ndarray, sequences: int, prefilled: int, attempts: int
+    ) -> tuple[int, float, float]:
         """The best length of drafts, if there are any; tokens and seconds of such a step. reaching: how many drafts
-        have each position."""
+        have each position, of so many attempts."""
         plain, chances = self.cost.plain(sequences, prefilled), self.chances
         options = []
         for length in range(1, self.longest + 1):
             yielded = sequences + float(reaching[:length] @ chances[:length])
-            seconds = plain + self.cost.extra(reaching[0], reaching[:length].sum())
+            seconds = plain + self.cost.extra(attempts, reaching[:length].sum())
             options.append((length, yielded, seconds))
         return max(options, key=lambda option: option[1] / max(option[2], 1e-9))
 
@@ -99,16 +112,21 @@ class DraftLengths:
         self, sequences: int, prefilled: int, drafted: Sequence[int], kept: Sequence[int], seconds: float
     ) -> None:
         """Of a step: lengths of its drafts, empty ones included, and how much was kept of each."""
-        drafts, tokens = sum(n > 0 for n in drafted), sum(drafted)
-        seconds = self.cost.counted(sequences, prefilled, drafts, tokens, seconds)
+        attempts, self._attempts = self._attempts, 0
         self._account += ALLOWANCE * seconds
-        self._since_plain = self._since_plain + 1 if tokens else 0
+        self._since_plain = self._since_plain + 1 if attempts else 0
+        well_known = self.cost.plain_steps >= WELL_KNOWN and not attempts
+        self._unseen = (self._unseen + 1) % LOOK_EVERY if well_known else 0
+        if self._unseen:
+            return
+        tokens = sum(drafted)
+        seconds = self.cost.counted(sequences, prefilled, attempts, tokens, seconds)
         if self.cost.knows_plain:
-            if tokens:
+            if attempts:
                 saved = sum(kept) * self.cost.least(sequences, 0) / sequences
                 self._account -= seconds - self.cost.least(sequences, prefilled) - saved
             self._account = min(self._account, SAVED_STEPS * self.cost.plain(sequences, 0))
-        self.cost.observe(sequences, prefilled, drafts, tokens, seconds)
+        self.cost.observe(sequences, prefilled, attempts, tokens, seconds)
         if tokens:
             self._learn(sequences, drafted, kept)
 
@@ -122,6 +140,7 @@ class DraftLengths:
 
     def available(self, sequences: int, lengths: Sequence[int]) -> None:
         """Of a step for which drafts were made: how long they were, before `choose` cut them."""
+        self._attempts = len(lengths)
         self._sequences = MEMORY * self._sequences + sequences
         self._reaching *= MEMORY
         self._reaching += (np.array(lengths)[None, :] > np.arange(self.longest)[:, None]).sum(1)

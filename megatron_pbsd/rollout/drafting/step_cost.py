@@ -45,8 +45,8 @@ class DecayedLeastSquares:
 
 class StepCost:
     """`T(B, γ)` of Seer's rule (arXiv 2511.14617), measured while the engine runs: a plain step of B sequences that
-    also reads `prefilled` tokens takes a + b·B + p·prefilled seconds; verifying `drafted` tokens of `drafts` sequences
-    takes s·drafts + d·drafted more, in which making the drafts is included."""
+    also reads `prefilled` tokens takes a + b·B + p·prefilled seconds; drafting for `attempts` of them, and verifying
+    the `drafted` tokens that come of it, takes s·attempts + d·drafted more."""
 
     def __init__(self) -> None:
         self._plain = DecayedLeastSquares(3, 64.0)
@@ -55,6 +55,10 @@ class StepCost:
     @property
     def knows_plain(self) -> bool:
         return self._plain.observations >= LEAST_STEPS
+
+    @property
+    def plain_steps(self) -> int:
+        return self._plain.observations
 
     @property
     def knows_drafts(self) -> bool:
@@ -68,21 +72,21 @@ class StepCost:
         """Seconds that a plain step takes at least, in all likelihood (two standard errors)."""
         return max(0.0, self.plain(sequences, prefilled) - 2 * self._plain.error)
 
-    def extra(self, drafts: float, drafted: float) -> float:
+    def extra(self, attempts: float, drafted: float) -> float:
         """Seconds, never negative."""
-        return max(0.0, self._extra.predict((drafts, drafted)))
+        return max(0.0, self._extra.predict((attempts, drafted)))
 
-    def counted(self, sequences: int, prefilled: int, drafts: int, drafted: int, seconds: float) -> float:
+    def counted(self, sequences: int, prefilled: int, attempts: int, drafted: int, seconds: float) -> float:
         """As many of a step's seconds as say something about such steps."""
-        known = self._extra.observations >= LEAST_STEPS if drafted else self.knows_plain
+        known = self._extra.observations >= LEAST_STEPS if attempts else self.knows_plain
         if not known:
             return seconds
-        expected = self.plain(sequences, prefilled) + (self.extra(drafts, drafted) if drafted else 0.0)
+        expected = self.plain(sequences, prefilled) + (self.extra(attempts, drafted) if attempts else 0.0)
         return min(seconds, OUTLIER * expected)
 
-    def observe(self, sequences: int, prefilled: int, drafts: int, drafted: int, seconds: float) -> None:
+    def observe(self, sequences: int, prefilled: int, attempts: int, drafted: int, seconds: float) -> None:
         """Of a step, the seconds that count. Before plain steps are known, those with drafts teach nothing."""
-        if not drafted:
+        if not attempts:
             self._plain.observe((1.0, sequences, prefilled), seconds)
         elif self.knows_plain:
-            self._extra.observe((drafts, drafted), seconds - self.plain(sequences, prefilled))
+            self._extra.observe((attempts, drafted), seconds - self.plain(sequences, prefilled))

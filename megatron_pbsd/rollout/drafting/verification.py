@@ -14,6 +14,8 @@ def agreeing(draft: Sequence[int], sampled: Sequence[int]) -> int:
     before it and by the random number of its position. The first `agreeing + 1` of them are the very tokens that
     sampling one by one gives; the rest was sampled after tokens that were never generated.
     """
+    if not draft:
+        return 0
     return next((i for i, (token, wanted) in enumerate(zip(draft, sampled)) if token != wanted), len(draft))
 
 

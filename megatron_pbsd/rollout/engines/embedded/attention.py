@@ -89,8 +89,9 @@ class DecodeRows:
 class PackedLayout:
     """Who attends to what in one forward pass; made once per step, shared by all layers.
 
-    decode: sequences with one new token each, and those with a draft, both if there are any. The row ends with `padding` tokens that belong to nobody. cache: where its keys and values go, and those of earlier
-    tokens are; None: nothing is cached, and all lie in the row.
+    decode: sequences with one new token each, and those with a draft, as far as there are any. The row ends with
+    `padding` tokens that belong to nobody. cache: where its keys and values go, and those of earlier tokens are; None:
+    nothing is cached, and all lie in the row.
     """
 
     decode: tuple[DecodeRows, ...]

@@ -97,9 +97,9 @@ class PackedModel:
         rows, segments, ends, end = [], [], [], 0
         for kind, members in groupby(zip(sequences, counts), lambda member: member[0].kind):
             if kind is not Kind.READS:
-                decoding, new = zip(*members)
-                rows.append(decode_rows(end, [s.slot for s in decoding], [s.computed + n for s, n in zip(decoding, new)],
-                                        new, self._like))
+                few, new = zip(*members)
+                lengths = [s.computed + n for s, n in zip(few, new)]
+                rows.append(decode_rows(end, [s.slot for s in few], lengths, new, self._like))
                 ends.extend(range(end + 1, end + sum(new) + 1))
                 end += sum(new)
                 continue
