@@ -1,8 +1,8 @@
 """What grouped speculative decoding makes of the embedded engine's speed, by how many sequences run at a time.
 
 speedup_by_slots   processor time without over with drafts, of the same turns: first turns of groups of 16 that the
-                   quickstart's policy generates at temperature 1. Both engines run in turn, after a first round in which
-                   the one that drafts learns what that costs and brings
+                   quickstart's policy generates at temperature 1. Both engines run in turn, after a first round in
+                   which the one that drafts learns what that costs and brings
 always_by_slots    the same of an engine that drafts up to 8 tokens at every step, whatever that costs
 acceptance_length  tokens per pass that verified a draft, by slots
 speedup_random     as speedup_by_slots, of a policy with random weights, none of whose tokens can be foreseen: what
