@@ -18,6 +18,8 @@ WELL_KNOWN = 64
 """Plain steps that make their cost well known."""
 SAVED_STEPS = 8
 """What drafts have won counts as allowance for later ones up to so many plain steps."""
+TRIED = (1, 2, 4, 8)
+"""Lengths of drafts that are made to find out about them."""
 MEMORY = 0.98
 """Weight, after one more step with drafts, of what was seen before."""
 
@@ -62,17 +64,9 @@ class DraftLengths:
         if not self.cost.knows_plain or self._since_plain >= PLAIN_EVERY or self._account < 0.0:
             return False
         if self._unseen == 0:
-            self._loss = self._expected_loss(sequences, prefilled)
+            reaching = self._reaching * (sequences / max(self._sequences, 1.0))
+            _, self._loss = self._length(reaching, sequences, prefilled, sequences)
         return self._account >= self._loss
-
-    def _expected_loss(self, sequences: int, prefilled: int) -> float:
-        """Seconds. As long as nothing is known of drafts, a step."""
-        plain = self.cost.plain(sequences, prefilled)
-        if not self.cost.knows_drafts:
-            return plain
-        _, yielded, seconds = self._best(
-            self._reaching / self._sequences * sequences, sequences, prefilled, sequences)
-        return seconds - plain - (yielded - sequences) * self.cost.plain(sequences, 0) / sequences
 
     def choose(self, available: Sequence[int], probes: Sequence[bool], sequences: int, prefilled: int) -> list[int]:
         """How much of each draft to verify. available: tokens of each draft; probes: whose they are."""
@@ -80,8 +74,7 @@ class DraftLengths:
         reaching = np.array([sum(n > i for n in available) for i in range(self.longest)], float)
         if not reaching[0]:
             return [0] * len(available)
-        # What drafts cost is found out with the cheapest.
-        length = self._best(reaching, sequences, prefilled, len(available))[0] if self.cost.knows_drafts else 1
+        length, _ = self._length(reaching, sequences, prefilled, len(available))
         budget = sum(min(n, length) for n in available)
         lengths = {True: 0, False: 0}
         chances = np.append(self.chances, 0.0)
@@ -95,18 +88,23 @@ class DraftLengths:
             lengths[kind] += 1
         return [min(n, lengths[probe]) for n, probe in zip(available, probes)]
 
-    def _best(
-        self, reaching: np.ndarray, sequences: int, prefilled: int, attempts: int
-    ) -> tuple[int, float, float]:
-        """The best length of drafts, if there are any; tokens and seconds of such a step. reaching: how many drafts
-        have each position, of so many attempts."""
-        plain, chances = self.cost.plain(sequences, prefilled), self.chances
-        options = []
-        for length in range(1, self.longest + 1):
-            yielded = sequences + float(reaching[:length] @ chances[:length])
-            seconds = plain + self.cost.extra(attempts, reaching[:length].sum())
-            options.append((length, yielded, seconds))
-        return max(options, key=lambda option: option[1] / max(option[2], 1e-9))
+    def _length(self, reaching: np.ndarray, sequences: int, prefilled: int, attempts: int) -> tuple[int, float]:
+        """How long the next step's drafts should be, and the seconds that it then loses beside a plain one.
+
+        reaching: how many drafts have each position, of so many attempts. Drafts of which little is known, or that do
+        not pay as far as is known, are made of one length after the other: only so it is seen what each of them costs
+        and what each of their tokens.
+        """
+        plain, steps = self.cost.plain(sequences, prefilled), self.cost.draft_steps
+        if not steps:
+            return 1, plain
+        yields = np.cumsum(reaching * self.chances)
+        seconds = np.array([self.cost.extra(attempts, tokens) for tokens in np.cumsum(reaching)])
+        losses = seconds - yields * self.cost.plain(sequences, 0) / sequences
+        best = int(np.argmax((sequences + yields) / np.maximum(plain + seconds, 1e-9)))
+        if steps < len(TRIED) or losses[best] > 0:
+            best = min(TRIED[steps % len(TRIED)], self.longest) - 1
+        return best + 1, float(losses[best])
 
     def observe(
         self, sequences: int, prefilled: int, drafted: Sequence[int], kept: Sequence[int], seconds: float

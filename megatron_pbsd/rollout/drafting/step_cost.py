@@ -61,8 +61,8 @@ class StepCost:
         return self._plain.observations
 
     @property
-    def knows_drafts(self) -> bool:
-        return self._extra.observations > 0
+    def draft_steps(self) -> int:
+        return self._extra.observations
 
     def plain(self, sequences: int, prefilled: int) -> float:
         """Seconds, never negative."""
