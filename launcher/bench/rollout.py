@@ -1,9 +1,10 @@
 """The rollout: what a decision of its scheduler costs, and what policies bring live (`live_rollout`).
 
-A decision is one placement, with the events that lead to it, in processor time of one thread. Groups of 8 requests of lognormal length (median 8000 tokens, sigma 0.8, three quarters of the variance between groups)
-run in chunks of 2048 on 1000 engines. Whichever chunk in flight ends next is random; its request is submitted again or
-over, and the scheduler places what waits. `decisions_per_s` is the slower of the policies: 100 000 requests, half of
-them in flight. `cost_ratio_1m_over_10k`, the worse of the policies, has 5 000 in flight, of 1 000 000 or of 10 000.
+A decision is one placement, with the events that lead to it, in processor time of one thread. Groups of 8 requests of
+lognormal length (median 8000 tokens, sigma 0.8, three quarters of the variance between groups) run in chunks of 2048 on
+1000 engines. Whichever chunk in flight ends next is random; its request is submitted again or over, and the scheduler
+places what waits. `decisions_per_s` is the slower of the policies: 100 000 requests, half of them in flight.
+`cost_ratio_1m_over_10k`, the worse of the policies, has 5 000 in flight, of 1 000 000 or of 10 000.
 """
 
 from __future__ import annotations
