@@ -9,8 +9,8 @@ live_speedup_steps, live_speedup_seconds  `context_aware` over `group_pinned`, a
     the engine that has the most of them, and wall clock; with `_<policy>` appended, that policy over `group_pinned`.
     Where the machine has fewer cores than engines, these wait for each other: an uneven load then costs no time as long
     as no core is idle
-live_speedup_seconds_paced  the same when every step of an engine takes at least 12 ms, most of which it waits, so that
-    engines are as independent as on devices of their own
+live_speedup_seconds_paced  the same when every step of an engine takes at least 20 ms, most of which it waits, so that
+    engines are as independent as on devices of their own; the first rounds only
 live_<policy>  means over rounds: steps, seconds, tail_s (on the last tenth of the requests alone), idle (share of the
     engines' time), moves, moved_tokens (of KV, between engines), recomputed_tokens
 live_bound_steps  the mean of what no schedule beats: the longest request, or all tokens with all slots full
@@ -47,7 +47,8 @@ FACTS = RequestFacts(groups=12, group_size=16, prompt=32, mean=96, limit=512, si
 BASELINE = "group_pinned"
 POLICIES = (BASELINE, "least_loaded", "divided", "context_aware", "longest_remaining")
 PACED = (BASELINE, "context_aware", "longest_remaining")
-ROUNDS, POOL_BYTES, PACE_S = 3, 64 * 2**20, 0.012
+ROUNDS, PACED_ROUNDS, PACE_S = 3, 2, 0.02
+POOL_BYTES = 64 * 2**20
 
 
 class PrescribedEngine(EmbeddedEngine):
@@ -102,7 +103,7 @@ def run(overrides: Sequence[str] = ()) -> dict[str, Any]:
         raise UsageError(f"the bench 'live_rollout' reads no configuration, so {overrides[0]} means nothing to it")
     # Step 0 warms up.
     rounds = [{f"{step}/{job.request_id}": job.tokens for job in jobs(FACTS, seed=step)} for step in range(ROUNDS + 1)]
-    return summary(measure(POLICIES, 0.0, rounds), measure(PACED, PACE_S, rounds), rounds[1:])
+    return summary(measure(POLICIES, 0.0, rounds), measure(PACED, PACE_S, rounds[: PACED_ROUNDS + 1]), rounds[1:])
 
 
 def measure(policies: Sequence[str], step_s: float,
@@ -115,7 +116,7 @@ def measure(policies: Sequence[str], step_s: float,
         save_model(folder)
         place = PoolPlace(pool.path, POOL_BYTES, shared=True)
         engines = start_engines(runtime, folder, lengths=lengths, step_s=step_s, kv_pool=place)
-        for step in range(ROUNDS + 1):
+        for step in range(len(rounds)):
             for policy in policies if step else policies[:1]:
                 coordinator = Coordinator(engines, OneTurn(), config(policy), runtime.client)
                 coordinator.collect(asked, step=step, seed=0, temperature=1.0)
