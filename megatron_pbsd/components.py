@@ -37,7 +37,7 @@ from megatron_pbsd.rollout.engine_group import EngineGroup
 from megatron_pbsd.rollout.engines.embedded.kv_pool import PoolPlace
 from megatron_pbsd.rollout.engines.host import EngineHost
 from megatron_pbsd.rollout.engines.protocol import Engine
-from megatron_pbsd.rollout.sink import taken_up
+from megatron_pbsd.rollout.sink import read_trajectories, taken_up
 from megatron_pbsd.trajectory import Group, Trajectory
 
 if TYPE_CHECKING:
@@ -77,24 +77,31 @@ class Rollout:
         if attempt == 0:
             self.discard_unscored(but=sink.stem)
             self._taken_up = taken_up(sink, self._origin(sampling))
-        call = self._coordinator.call(
-            "collect", requests, step=step, sink=sink.resolve(), finished=self._taken_up, **sampling)
-        # The coordinator has a deadline for each engine call; here only its own death can be news, and engines' it
-        # goes on without.
-        restarted = 0
-        while not self._runtime.wait([call], timeout=POLL_S)[0]:
+        arguments = {"step": step, "sink": sink.resolve(), **sampling}
+        try:
+            groups = self._collect(requests, finished=self._taken_up, **arguments)
+        except ComponentDied as death:
+            if death.name not in self._engines.names:
+                raise
+            # It was the last engine; all have been started anew since.
+            groups = self._collect(requests, finished=read_trajectories(sink), **arguments)
+        statistics = self._runtime.result(self._coordinator.call("statistics"))
+        for span in statistics.spans:
+            self._recorder.lane(span.engine, kind, span.start_ns, span.end_ns, step=step, chunks=span.chunks)
+        return groups, statistics
+
+    def _collect(self, requests: Sequence[RolloutRequest], **arguments: Any) -> list[Group]:
+        """Engines that die in it are started anew, whatever comes of it."""
+        call, restarted, done = self._coordinator.call("collect", requests, **arguments), 0, []
+        while not done:
+            # The coordinator has a deadline for each engine call; here only its own death can be news, and engines'.
+            done, _ = self._runtime.wait([call], timeout=POLL_S)
             progress = self._runtime.result(self._coordinator.observe("progress"))
             self._recorder.rollout_progress(progress.finished, progress.total)
             for death in progress.deaths[restarted:]:
                 self._restart(death)
-                restarted += 1
-        groups = self._runtime.result(call)
-        statistics = self._runtime.result(self._coordinator.call("statistics"))
-        for death in statistics.deaths[restarted:]:
-            self._restart(death)
-        for span in statistics.spans:
-            self._recorder.lane(span.engine, kind, span.start_ns, span.end_ns, step=step, chunks=span.chunks)
-        return groups, statistics
+            restarted = len(progress.deaths)
+        return self._runtime.result(call)
 
     def publish(self, version: int) -> dict[str, float]:
         """See `Publisher.publish`. Engines that have died since the last rollout are started anew."""

@@ -121,22 +121,3 @@ def test_checkpoints_as_they_may_be_kept():
     for checkpoint in ({"every": 20, "keep_every": 40}, {"every": 20, "best": {"metric": "eval/f1"}},
                        {"every": 7, "best": {"metric": "loss/total", "direction": "min"}}, {"every": 0, "keep": 1}):
         RunConfig.model_validate({**MINIMAL, "checkpoint": checkpoint, "evaluation": {"every": 10}})
-
-
-@pytest.mark.parametrize(("section", "message"), [
-    ({"chunk_tokens": 8}, r"rollout.chunk_tokens = 8 has no effect with rollout.policy = 'least_loaded', which does"),
-    ({"policy": "divided", "chunk_tokens": 33}, "the nearest valid value is 32")])
-def test_chunks_are_of_policies_that_divide(section, message):
-    with pytest.raises(ValidationError, match=message):
-        RunConfig.model_validate({**MINIMAL, "rollout": section})
-
-
-def test_longest_chunk():
-    def chunk(**section):
-        rollout = RunConfig.model_validate({**MINIMAL, "rollout": section}).rollout
-        assert type(rollout)(**rollout.model_dump()) == rollout
-        return rollout.longest_chunk
-
-    assert chunk() is chunk(policy="group_pinned") is None
-    assert chunk(policy="divided") == 16 and chunk(policy="divided", max_turn_tokens=2048) == 256
-    assert chunk(policy="longest_remaining", chunk_tokens=5) == 5

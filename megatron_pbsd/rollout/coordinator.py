@@ -118,7 +118,7 @@ class Coordinator:
         self._engines.leave(engine)
 
     def progress(self) -> Progress:
-        return self._progress
+        return replace(self._progress, deaths=tuple(self._engines.deaths))
 
     def statistics(self) -> CollectStatistics | None:
         """Of the latest `collect` that returned."""
@@ -212,7 +212,6 @@ class Coordinator:
                     dispatcher.submit(episode)
                 self._progress = replace(
                     self._progress, finished=total - len(running), tokens=self._progress.tokens + len(result.tokens))
-            self._progress = replace(self._progress, deaths=tuple(self._engines.deaths))
         dispatcher.release()
 
 

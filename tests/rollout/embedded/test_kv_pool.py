@@ -144,6 +144,16 @@ def test_an_engine_that_starts_anew_has_nothing(folder):
     assert again.find("r", "form", [1]) == 0 and not other.take("r", "form", [1], WIDTH, "a")
 
 
+def test_a_file_that_went_away_is_written_anew(folder):
+    """Nothing but a disorder of calls can bring that about; it must not become wrong KV."""
+    ours, theirs = pools(folder)
+    ours.park("r", "form", [1, 2], lambda start, end: content([1, 2])[start:end])
+    assert theirs.take("r", "form", [1, 2], WIDTH, "a")
+    assert ours.find("r", "form", [1, 2]) == 0
+    ours.park("r", "form", [1, 2, 3], lambda start, end: content([1, 2, 3])[start:end])
+    np.testing.assert_array_equal(ours.read("r", 0, 3), content([1, 2, 3]))
+
+
 def test_a_host_without_memory_keeps_nothing(folder):
     pool = pools(folder)[0]
     pool.park("r", "form", [1], lambda start, end: content([1]))

@@ -169,12 +169,11 @@ class EmbeddedEngine:
         sibling is about to compute are left for the next step."""
         prefill = sum(len(s.tokens) - s.computed for s in self._running.values())
         for request_id, sequence in list(self._waiting.items()):
-            if prefill >= PREFILL_TOKENS_PER_STEP:
+            if prefill >= PREFILL_TOKENS_PER_STEP or self._kv.all_slots_run:
                 return
             if self._kv.should_wait(sequence):
                 continue
-            if not self._kv.admit(sequence, self._waiting):
-                return
+            self._kv.admit(sequence, self._waiting)
             self._cached += sequence.computed
             prefill += len(sequence.tokens) - sequence.computed
             self._running[request_id] = self._waiting.pop(request_id)

@@ -24,6 +24,10 @@ class SlotTable:
         """Number of ended requests whose KV is kept."""
         return len(self._kept)
 
+    @property
+    def all_run(self) -> bool:
+        return not self._free and not self._kept
+
     def acquire(self, request_id: str, tokens: list[int], wanted: Collection[str]) -> tuple[int, int] | None:
         """A slot for a request, and how many of its tokens have their KV in it; None when all slots run.
 
@@ -63,10 +67,15 @@ class SlotTable:
 
 
 def common_prefix(a: list[int], b: list[int]) -> int:
-    n = min(len(a), len(b))
-    if a[:n] == b[:n]:
-        return n
-    return next(i for i in range(n) if a[i] != b[i])
+    same, most = 0, min(len(a), len(b))
+    while same < most:
+        # Slices are compared by compiled code.
+        middle = (same + most + 1) // 2
+        if a[same:middle] == b[same:middle]:
+            same = middle
+        else:
+            most = middle - 1
+    return same
 
 
 class SlotCache:

@@ -78,9 +78,8 @@ class KVPool:
         Rows of a common prefix are there already. The longest untouched go first where room is short.
         """
         entry = self._parked.pop(request_id, None)
-        known = 0
+        known = self._common(request_id, entry, form, tokens)
         if entry is not None:
-            known = common_prefix(entry.tokens, tokens) if entry.form == form else 0
             self._shorten(request_id, entry, known)
         if len(tokens) > known:
             new = rows(known, len(tokens))
@@ -118,11 +117,10 @@ class KVPool:
         if count == len(entry.tokens):
             return
         path = self._path(request_id, entry.form)
-        if count and path.exists():
+        if count:
             os.truncate(path, count * entry.width)
         else:
             path.unlink(missing_ok=True)
-            count = 0
         self.counters.bytes -= (len(entry.tokens) - count) * entry.width
         del entry.tokens[count:]
 
@@ -165,10 +163,17 @@ class KVPool:
 
     def find(self, request_id: str, form: str, tokens: list[int]) -> int:
         """How many of `tokens`, from the first on, have their rows here."""
-        entry = self._parked.get(request_id)
-        if entry is None or entry.form != form or not self._path(request_id, form).exists():
+        return self._common(request_id, self._parked.get(request_id), form, tokens)
+
+    def _common(self, request_id: str, entry: _Entry | None, form: str, tokens: list[int]) -> int:
+        """Rows that `tokens` and an entry have in common: none if the entry's file is not what it should be."""
+        if entry is None or entry.form != form:
             return 0
-        return common_prefix(entry.tokens, tokens)
+        try:
+            whole = self._path(request_id, form).stat().st_size == entry.nbytes
+        except FileNotFoundError:
+            return 0
+        return common_prefix(entry.tokens, tokens) if whole else 0
 
     def read(self, request_id: str, start: int, end: int) -> np.ndarray:
         """uint8 [end - start, width]: rows that `find` has found."""

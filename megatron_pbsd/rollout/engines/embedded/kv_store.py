@@ -34,14 +34,15 @@ class KVStore:
         """Requests that do not run and whose KV is in a slot."""
         return len(self._table)
 
-    def admit(self, sequence: Sequence, waiting: Collection[str]) -> bool:
-        """Give the sequence a slot, with as much of its KV as there is; False when all slots run. Requests in `waiting`
-        keep theirs as long as there are others."""
+    @property
+    def all_slots_run(self) -> bool:
+        return self._table.all_run
+
+    def admit(self, sequence: Sequence, waiting: Collection[str]) -> None:
+        """Give the sequence a slot, of which one must not run, with as much of its KV as there is. Requests in
+        `waiting` keep theirs as long as there are others."""
         sibling, shared = self._sibling(sequence)
-        place = self._table.acquire(sequence.request_id, sequence.tokens, waiting)
-        if place is None:
-            return False
-        slot, cached = place
+        slot, cached = self._table.acquire(sequence.request_id, sequence.tokens, waiting)
         self._slot_tokens += cached
         if not cached and self._pool is not None:
             cached = self._restore(sequence, slot)
@@ -55,7 +56,6 @@ class KVStore:
             members = self._siblings.setdefault(group, [])
             if sequence.request_id not in members:
                 members.append(sequence.request_id)
-        return True
 
     def should_wait(self, sequence: Sequence) -> bool:
         """Whether a running sibling is about to compute what this one could copy after the next step."""
