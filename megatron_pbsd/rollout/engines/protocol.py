@@ -30,7 +30,7 @@ class SiblingTokens:
 
     request_id: str
     start: int
-    tokens: tuple[int, ...]
+    tokens: Sequence[int]
 
 
 @dataclass(frozen=True)

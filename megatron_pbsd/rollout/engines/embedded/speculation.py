@@ -9,10 +9,13 @@ from megatron_pbsd.rollout.drafting.draft_lengths import DraftLengths
 from megatron_pbsd.rollout.drafting.groups import DraftGroups
 from megatron_pbsd.rollout.drafting.suffix_automaton import warm_up
 from megatron_pbsd.rollout.engines.embedded.sequence import Sequence
-from megatron_pbsd.rollout.engines.protocol import Chunk
+from megatron_pbsd.rollout.engines.protocol import Chunk, SiblingTokens
 
 LEAST_CHANCE = 0.1
 """A draft ends where its tokens have followed its suffix less often than this, of all times that anything did."""
+
+MOST_GROUPS = 1024
+"""Groups of which news is kept until there is a draft."""
 
 
 class Speculation:
@@ -22,23 +25,31 @@ class Speculation:
         # Not when the first draft is made, whose cost is measured.
         warm_up()
         self._groups, self._lengths, self._always = DraftGroups(), DraftLengths(longest), always
+        self._news: dict[str, list[SiblingTokens]] = {}
         self._began, self._prefilled = 0.0, 0
         self.drafts = self.drafted = self.accepted = 0
 
     def learn(self, chunk: Chunk) -> None:
         """What siblings have read and generated elsewhere."""
         for sibling in chunk.siblings:
-            group = _group(chunk)
-            self._groups.register(group)
-            if sibling.start <= self._groups.known(group, sibling.request_id):
-                self._groups.update(group, sibling.request_id, sibling.start, sibling.tokens)
+            self._note(_group(chunk), sibling)
 
     def remember(self, sequence: Sequence) -> None:
-        """What the sequence has read and generated, for its siblings and itself."""
-        group, request_id = _group(sequence.chunk), sequence.request_id
+        """What a sequence whose chunk has ended has read and generated."""
+        self._note(_group(sequence.chunk), SiblingTokens(sequence.request_id, 0, sequence.tokens))
+
+    def _note(self, group: str, news: SiblingTokens) -> None:
+        """Drafts need it, and nothing else: as long as there are none, it costs nothing."""
+        self._news.setdefault(group, []).append(news)
+        if len(self._news) > MOST_GROUPS:
+            del self._news[next(iter(self._news))]
+
+    def _take_in(self, group: str) -> None:
         self._groups.register(group)
-        known = self._groups.known(group, request_id)
-        self._groups.update(group, request_id, known, sequence.tokens[known:])
+        for news in self._news.pop(group, ()):
+            known = self._groups.known(group, news.request_id)
+            if news.start <= known:
+                self._groups.update(group, news.request_id, known, news.tokens[known - news.start :])
 
     def propose(self, running: Collection[Sequence]) -> None:
         """Set the drafts that the next step is to verify. It begins now."""
@@ -60,8 +71,11 @@ class Speculation:
         longest = min(self._lengths.longest, sequence.limit - len(sequence.tokens) - 1)
         if longest < 1:
             return ()
-        self.remember(sequence)
-        return self._groups.draft(_group(sequence.chunk), sequence.request_id, longest, LEAST_CHANCE).tokens
+        group, request_id = _group(sequence.chunk), sequence.request_id
+        self._take_in(group)
+        known = self._groups.known(group, request_id)
+        self._groups.update(group, request_id, known, sequence.tokens[known:])
+        return self._groups.draft(group, request_id, longest, LEAST_CHANCE).tokens
 
     def verified(self, drafted: Sequences[int], kept: Sequences[int]) -> None:
         """The step is over. Per sequence: tokens of its draft, and how many of them were kept."""
