@@ -59,22 +59,24 @@ class DraftLengths:
             conditional.append(last)
         return np.cumprod(conditional)
 
-    def worthwhile(self, sequences: int, prefilled: int) -> bool:
-        """Whether to make drafts for the next step, which decodes so many sequences and reads so many other tokens."""
+    def worthwhile(self, sequences: int, reads: Sequence[int]) -> bool:
+        """Whether to make drafts for the next step of so many sequences. reads: see StepCost."""
         if not self.cost.knows_plain or self._since_plain >= PLAIN_EVERY or self._account < 0.0:
             return False
         if self._unseen == 0:
             reaching = self._reaching * (sequences / max(self._sequences, 1.0))
-            _, self._loss = self._length(reaching, sequences, prefilled, sequences)
+            _, self._loss = self._length(reaching, sequences, reads, sequences)
         return self._account >= self._loss
 
-    def choose(self, available: Sequence[int], probes: Sequence[bool], sequences: int, prefilled: int) -> list[int]:
+    def choose(
+        self, available: Sequence[int], probes: Sequence[bool], sequences: int, reads: Sequence[int]
+    ) -> list[int]:
         """How much of each draft to verify. available: tokens of each draft; probes: whose they are."""
         available = [min(n, self.longest) for n in available]
         reaching = np.array([sum(n > i for n in available) for i in range(self.longest)], float)
         if not reaching[0]:
             return [0] * len(available)
-        length, _ = self._length(reaching, sequences, prefilled, len(available))
+        length, _ = self._length(reaching, sequences, reads, len(available))
         budget = sum(min(n, length) for n in available)
         lengths = {True: 0, False: 0}
         chances = np.append(self.chances, 0.0)
@@ -88,26 +90,26 @@ class DraftLengths:
             lengths[kind] += 1
         return [min(n, lengths[probe]) for n, probe in zip(available, probes)]
 
-    def _length(self, reaching: np.ndarray, sequences: int, prefilled: int, attempts: int) -> tuple[int, float]:
+    def _length(self, reaching: np.ndarray, sequences: int, reads: Sequence[int], attempts: int) -> tuple[int, float]:
         """How long the next step's drafts should be, and the seconds that it then loses beside a plain one.
 
         reaching: how many drafts have each position, of so many attempts. Drafts of which little is known, or that do
         not pay as far as is known, are made of one length after the other: only so it is seen what each of them costs
         and what each of their tokens.
         """
-        plain, steps = self.cost.plain(sequences, prefilled), self.cost.draft_steps
+        plain, steps = self.cost.plain(sequences, reads), self.cost.draft_steps
         if not steps:
             return 1, plain
         yields = np.cumsum(reaching * self.chances)
         seconds = np.array([self.cost.extra(attempts, tokens) for tokens in np.cumsum(reaching)])
-        losses = seconds - yields * self.cost.plain(sequences, 0) / sequences
+        losses = seconds - yields * self.cost.plain(sequences, ()) / sequences
         best = int(np.argmax((sequences + yields) / np.maximum(plain + seconds, 1e-9)))
         if steps < len(TRIED) or losses[best] > 0:
             best = min(TRIED[steps % len(TRIED)], self.longest) - 1
         return best + 1, float(losses[best])
 
     def observe(
-        self, sequences: int, prefilled: int, drafted: Sequence[int], kept: Sequence[int], seconds: float
+        self, sequences: int, reads: Sequence[int], drafted: Sequence[int], kept: Sequence[int], seconds: float
     ) -> None:
         """Of a step: lengths of its drafts, empty ones included, and how much was kept of each."""
         attempts, self._attempts = self._attempts, 0
@@ -118,13 +120,13 @@ class DraftLengths:
         if self._unseen:
             return
         tokens = sum(drafted)
-        seconds = self.cost.counted(sequences, prefilled, attempts, tokens, seconds)
+        seconds = self.cost.counted(sequences, reads, attempts, tokens, seconds)
         if self.cost.knows_plain:
             if attempts:
-                saved = sum(kept) * self.cost.least(sequences, 0) / sequences
-                self._account -= seconds - self.cost.least(sequences, prefilled) - saved
-            self._account = min(self._account, SAVED_STEPS * self.cost.plain(sequences, 0))
-        self.cost.observe(sequences, prefilled, attempts, tokens, seconds)
+                saved = sum(kept) * self.cost.least(sequences, ()) / sequences
+                self._account -= seconds - self.cost.least(sequences, reads) - saved
+            self._account = min(self._account, SAVED_STEPS * self.cost.plain(sequences, ()))
+        self.cost.observe(sequences, reads, attempts, tokens, seconds)
         if tokens:
             self._learn(sequences, drafted, kept)
 

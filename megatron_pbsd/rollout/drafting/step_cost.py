@@ -44,12 +44,13 @@ class DecayedLeastSquares:
 
 
 class StepCost:
-    """`T(B, γ)` of Seer's rule (arXiv 2511.14617), measured while the engine runs: a plain step of B sequences that
-    also reads `prefilled` tokens takes a + b·B + p·prefilled seconds; drafting for `attempts` of them, and verifying
-    the `drafted` tokens that come of it, takes s·attempts + d·drafted more."""
+    """`T(B, γ)` of Seer's rule (arXiv 2511.14617), measured while the engine runs: a plain step of B sequences, of
+    which those that read more than one token read so many (`reads`), takes a + b·B + r·|reads| + p·Σ reads seconds;
+    drafting for `attempts` of them, and verifying the `drafted` tokens that come of it, takes s·attempts + d·drafted
+    more."""
 
     def __init__(self) -> None:
-        self._plain = DecayedLeastSquares(3, 64.0)
+        self._plain = DecayedLeastSquares(4, 64.0)
         self._extra = DecayedLeastSquares(2, 32.0)
 
     @property
@@ -64,29 +65,29 @@ class StepCost:
     def draft_steps(self) -> int:
         return self._extra.observations
 
-    def plain(self, sequences: int, prefilled: int) -> float:
+    def plain(self, sequences: int, reads: Sequence[int]) -> float:
         """Seconds, never negative."""
-        return max(0.0, self._plain.predict((1.0, sequences, prefilled)))
+        return max(0.0, self._plain.predict((1.0, sequences, len(reads), sum(reads))))
 
-    def least(self, sequences: int, prefilled: int) -> float:
+    def least(self, sequences: int, reads: Sequence[int]) -> float:
         """Seconds that a plain step takes at least, in all likelihood (two standard errors)."""
-        return max(0.0, self.plain(sequences, prefilled) - 2 * self._plain.error)
+        return max(0.0, self.plain(sequences, reads) - 2 * self._plain.error)
 
     def extra(self, attempts: float, drafted: float) -> float:
         """Seconds, never negative."""
         return max(0.0, self._extra.predict((attempts, drafted)))
 
-    def counted(self, sequences: int, prefilled: int, attempts: int, drafted: int, seconds: float) -> float:
+    def counted(self, sequences: int, reads: Sequence[int], attempts: int, drafted: int, seconds: float) -> float:
         """As many of a step's seconds as say something about such steps."""
         known = self._extra.observations >= LEAST_STEPS if attempts else self.knows_plain
         if not known:
             return seconds
-        expected = self.plain(sequences, prefilled) + (self.extra(attempts, drafted) if attempts else 0.0)
+        expected = self.plain(sequences, reads) + (self.extra(attempts, drafted) if attempts else 0.0)
         return min(seconds, OUTLIER * expected)
 
-    def observe(self, sequences: int, prefilled: int, attempts: int, drafted: int, seconds: float) -> None:
+    def observe(self, sequences: int, reads: Sequence[int], attempts: int, drafted: int, seconds: float) -> None:
         """Of a step, the seconds that count. Before plain steps are known, those with drafts teach nothing."""
         if not attempts:
-            self._plain.observe((1.0, sequences, prefilled), seconds)
+            self._plain.observe((1.0, sequences, len(reads), sum(reads)), seconds)
         elif self.knows_plain:
-            self._extra.observe((attempts, drafted), seconds - self.plain(sequences, prefilled))
+            self._extra.observe((attempts, drafted), seconds - self.plain(sequences, reads))

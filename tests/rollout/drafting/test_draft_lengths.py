@@ -33,14 +33,14 @@ class Engine:
 
     def run(self, rule: DraftLengths, sequences: int) -> None:
         drafted = [0] * sequences
-        if rule.worthwhile(sequences, 0):
+        if rule.worthwhile(sequences, ()):
             rule.available(sequences, [8] * sequences)
-            drafted = rule.choose([8] * sequences, [False] * sequences, sequences, 0)
+            drafted = rule.choose([8] * sequences, [False] * sequences, sequences, ())
         kept = [self._kept(n) for n in drafted]
         made = self.plain(sequences) + self.per_draft * sum(n > 0 for n in drafted) + self.per_token * sum(drafted)
         luck = 1 + self.noise * self.random.uniform(-1, 1)
         made *= luck
-        rule.observe(sequences, 0, drafted, kept, made)
+        rule.observe(sequences, (), drafted, kept, made)
         self.seconds += made
         self.tokens += sequences + sum(kept)
         self.plain_seconds += luck * self.plain(sequences) / sequences * (sequences + sum(kept))
@@ -123,26 +123,26 @@ def known(chances, per_token, sequences=10):
     """A rule that has learned these conditional chances and costs."""
     rule = DraftLengths(len(chances))
     for _ in range(400):
-        rule.cost.observe(sequences, 0, 0, 0, 1.0)
+        rule.cost.observe(sequences, (), 0, 0, 1.0)
     for n in (1, 2, 3, 4) * 20:
-        rule.cost.observe(sequences, 0, sequences, sequences * n, 1.0 + per_token * sequences * n)
+        rule.cost.observe(sequences, (), sequences, sequences * n, 1.0 + per_token * sequences * n)
     rule._tried[:], rule._kept[:] = 1e9, 1e9 * np.array(chances)
     return rule
 
 
 def test_drafts_are_as_long_as_a_further_token_pays():
     # Of ten sequences 10, 19, 22.5 or 22.85 tokens are made in 1, 1.2, 1.4 or 1.6 seconds.
-    assert known([0.9, 0.35 / 0.9, 0.1], 0.02).choose([3] * 10, [False] * 10, 10, 0) == [2] * 10
-    assert known([0.9, 0.25 / 0.9, 0.1], 0.02).choose([3] * 10, [False] * 10, 10, 0) == [1] * 10
-    assert known([0.9, 0.25 / 0.9, 0.1], 1e-5).choose([3] * 10, [False] * 10, 10, 0) == [3] * 10
+    assert known([0.9, 0.35 / 0.9, 0.1], 0.02).choose([3] * 10, [False] * 10, 10, ()) == [2] * 10
+    assert known([0.9, 0.25 / 0.9, 0.1], 0.02).choose([3] * 10, [False] * 10, 10, ()) == [1] * 10
+    assert known([0.9, 0.25 / 0.9, 0.1], 1e-5).choose([3] * 10, [False] * 10, 10, ()) == [3] * 10
     # And drafts that end earlier are not lengthened.
-    assert known([0.9, 0.9, 0.9], 1e-5).choose([3, 0, 1, 2], [False] * 4, 10, 0) == [3, 0, 1, 2]
+    assert known([0.9, 0.9, 0.9], 1e-5).choose([3, 0, 1, 2], [False] * 4, 10, ()) == [3, 0, 1, 2]
 
 
 def test_probes_get_longer_drafts_than_the_rest():
     rule = known([0.8, 0.7, 0.7, 0.7], 0.021)
-    even = rule.choose([4] * 10, [False] * 10, 10, 0)
-    lengths = rule.choose([4] * 10, [True] * 2 + [False] * 8, 10, 0)
+    even = rule.choose([4] * 10, [False] * 10, 10, ())
+    lengths = rule.choose([4] * 10, [True] * 2 + [False] * 8, 10, ())
     assert len(set(even)) == 1 and sum(even) <= sum(lengths) <= sum(even) + 8
     assert lengths[0] == lengths[1] > lengths[2] and len(set(lengths[2:])) == 1
 
@@ -151,30 +151,31 @@ def test_probes_get_longer_drafts_than_the_rest():
 def test_choices_are_within_what_there_is(drafts, per_token):
     rule = known([0.7] * 8, per_token)
     available, probes = [n for n, _ in drafts], [probe for _, probe in drafts]
-    lengths = rule.choose(available, probes, 10, 0)
+    lengths = rule.choose(available, probes, 10, ())
     assert all(0 <= chosen <= min(n, 8) for chosen, n in zip(lengths, available, strict=True))
 
 
-@pytest.mark.parametrize("noise", [0.0, 0.05])
+@pytest.mark.parametrize("noise", [0.0, 0.02])
 def test_costs_are_learned(noise):
     rng, cost = np.random.default_rng(0), StepCost()
-    for _ in range(300):
-        sequences, prefilled = rng.integers(1, 60), rng.integers(0, 200)
-        drafts = rng.integers(0, sequences + 1)
-        drafted = drafts * rng.integers(1, 9)
-        seconds = 0.01 + 0.0005 * sequences + 0.0001 * prefilled + 0.0002 * drafts + 0.00004 * drafted
-        cost.observe(sequences, prefilled, drafts, drafted, seconds * (1 + noise * rng.standard_normal()))
-    assert cost.plain(30, 100) == pytest.approx(0.035, rel=0.01 + noise)
+    for step in range(600):
+        sequences, reads = rng.integers(1, 60), rng.integers(2, 100, rng.integers(0, 4)).tolist()
+        attempts = sequences * (step % 2)
+        drafted = attempts * rng.integers(0, 9)
+        seconds = 0.01 + 0.0005 * sequences + 0.001 * len(reads) + 0.0001 * sum(reads)
+        seconds += 0.0002 * attempts + 0.00004 * drafted
+        cost.observe(sequences, reads, attempts, drafted, seconds * (1 + noise * rng.standard_normal()))
+    assert cost.plain(30, [40, 60]) == pytest.approx(0.037, rel=0.01 + noise)
     assert cost.extra(20, 100) == pytest.approx(0.008, rel=0.02 + 5 * noise)
 
 
 def test_one_slow_step_is_no_new_cost():
     cost = StepCost()
     for _ in range(100):
-        cost.observe(8, 0, 0, 0, 0.01)
-    assert cost.counted(8, 0, 0, 0, 0.012) == 0.012
-    cost.observe(8, 0, 0, 0, cost.counted(8, 0, 0, 0, 5.0))
-    assert cost.plain(8, 0) < 0.011
+        cost.observe(8, (), 0, 0, 0.01)
+    assert cost.counted(8, (), 0, 0, 0.012) == 0.012
+    cost.observe(8, (), 0, 0, cost.counted(8, (), 0, 0, 5.0))
+    assert cost.plain(8, ()) < 0.011
 
 
 def test_what_was_long_ago_is_forgotten():

@@ -26,7 +26,9 @@ class Speculation:
         warm_up()
         self._groups, self._lengths, self._always = DraftGroups(), DraftLengths(longest), always
         self._news: dict[str, list[SiblingTokens]] = {}
-        self._began, self._prefilled = 0.0, 0
+        # Processor time: of other processes' work on the same cores a step says nothing.
+        self._began = self._own = 0.0
+        self._reads: list[int] = []
         self.drafts = self.drafted = self.accepted = 0
 
     def learn(self, chunk: Chunk) -> None:
@@ -53,16 +55,17 @@ class Speculation:
 
     def propose(self, running: Collection[Sequence]) -> None:
         """Set the drafts that the next step is to verify. It begins now."""
-        self._began = time.perf_counter()
+        self._began = time.process_time()
         decoding = [s for s in running if len(s.tokens) - s.computed == 1]
-        self._prefilled = prefilled = sum(len(s.tokens) - s.computed for s in running) - len(decoding)
-        if not decoding or not (self._always or self._lengths.worthwhile(len(running), prefilled)):
+        reads = [n for s in running if (n := len(s.tokens) - s.computed) > 1]
+        self._reads = reads
+        if not decoding or not (self._always or self._lengths.worthwhile(len(running), reads)):
             return
         drafts = [self._draft(s) for s in decoding]
         lengths = [len(draft) for draft in drafts]
         self._lengths.available(len(running), lengths)
         if not self._always:
-            lengths = self._lengths.choose(lengths, [False] * len(drafts), len(running), prefilled)
+            lengths = self._lengths.choose(lengths, [False] * len(drafts), len(running), reads)
         for sequence, draft, length in zip(decoding, drafts, lengths):
             sequence.draft = draft[:length]
 
@@ -79,7 +82,9 @@ class Speculation:
 
     def verified(self, drafted: Sequences[int], kept: Sequences[int]) -> None:
         """The step is over. Per sequence: tokens of its draft, and how many of them were kept."""
-        self._lengths.observe(len(drafted), self._prefilled, drafted, kept, time.perf_counter() - self._began)
+        ended = time.process_time()
+        self._lengths.observe(len(drafted), self._reads, drafted, kept, ended - self._began + self._own)
+        self._own = time.process_time() - ended
         self.drafts += sum(n > 0 for n in drafted)
         self.drafted += sum(drafted)
         self.accepted += sum(kept)
