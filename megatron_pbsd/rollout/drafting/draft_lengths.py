@@ -18,6 +18,9 @@ WELL_KNOWN = 64
 """Plain steps that make their cost well known."""
 SAVED_STEPS = 8
 """What drafts have won counts as allowance for later ones up to so many plain steps."""
+WORTH = 0.85
+"""What a token that was drafted saves, as a share of what a token costs without: less than all of it, since sequences
+that end earlier leave smaller batches, which cost more per token."""
 TRIED = (1, 2, 4, 8)
 """Lengths of drafts that are made to find out about them."""
 MEMORY = 0.98
@@ -102,7 +105,7 @@ class DraftLengths:
             return 1, plain
         yields = np.cumsum(reaching * self.chances)
         seconds = np.array([self.cost.extra(attempts, tokens) for tokens in np.cumsum(reaching)])
-        losses = seconds - yields * self.cost.plain(sequences, ()) / sequences
+        losses = seconds - WORTH * yields * self.cost.plain(sequences, ()) / sequences
         best = int(np.argmax((sequences + yields) / np.maximum(plain + seconds, 1e-9)))
         if steps < len(TRIED) or losses[best] > 0:
             best = min(TRIED[steps % len(TRIED)], self.longest) - 1
@@ -123,7 +126,7 @@ class DraftLengths:
         seconds = self.cost.counted(sequences, reads, attempts, tokens, seconds)
         if self.cost.knows_plain:
             if attempts:
-                saved = sum(kept) * self.cost.least(sequences, ()) / sequences
+                saved = WORTH * sum(kept) * self.cost.least(sequences, ()) / sequences
                 self._account -= seconds - self.cost.least(sequences, reads) - saved
             self._account = min(self._account, SAVED_STEPS * self.cost.plain(sequences, ()))
         self.cost.observe(sequences, reads, attempts, tokens, seconds)

@@ -88,8 +88,8 @@ def test_most_of_what_can_be_won_is_won(engine, sequences):
     for _ in range(200):
         engine.run(rule, sequences)
     won, best = engine.plain_seconds / engine.seconds, engine.best_speed(sequences)
-    # What pays little is not always told from what does not pay.
-    assert won >= 1 + 0.8 * (best - 1) - 0.1
+    # What pays little does not count as paying: see WORTH.
+    assert won >= 1 + 0.8 * (best - 1) - 0.2
 
 
 def test_drafts_that_stop_paying_stop_and_begin_again():
