@@ -78,20 +78,16 @@ class Rollout:
             self.discard_unscored(but=sink.stem)
             self._taken_up = taken_up(sink, self._origin(sampling))
         arguments = {"step": step, "sink": sink.resolve(), **sampling}
-        try:
-            groups = self._collect(requests, finished=self._taken_up, **arguments)
-        except ComponentDied as death:
-            if death.name not in self._engines.names:
-                raise
-            # It was the last engine; all have been started anew since.
+        groups = self._collect(requests, finished=self._taken_up, **arguments)
+        while groups is None:
             groups = self._collect(requests, finished=read_trajectories(sink), **arguments)
         statistics = self._runtime.result(self._coordinator.call("statistics"))
         for span in statistics.spans:
             self._recorder.lane(span.engine, kind, span.start_ns, span.end_ns, step=step, chunks=span.chunks)
         return groups, statistics
 
-    def _collect(self, requests: Sequence[RolloutRequest], **arguments: Any) -> list[Group]:
-        """Engines that die in it are started anew, whatever comes of it."""
+    def _collect(self, requests: Sequence[RolloutRequest], **arguments: Any) -> list[Group] | None:
+        """Engines that die in it are started anew; None when that was so of all."""
         call, restarted, done = self._coordinator.call("collect", requests, **arguments), 0, []
         while not done:
             # The coordinator has a deadline for each engine call; here only its own death can be news, and engines'.
@@ -101,7 +97,12 @@ class Rollout:
             for death in progress.deaths[restarted:]:
                 self._restart(death)
             restarted = len(progress.deaths)
-        return self._runtime.result(call)
+        try:
+            return self._runtime.result(call)
+        except ComponentDied as death:
+            if death.name not in self._engines.names:
+                raise
+            return None
 
     def publish(self, version: int) -> dict[str, float]:
         """See `Publisher.publish`. Engines that have died since the last rollout are started anew."""

@@ -154,6 +154,17 @@ def test_a_file_that_went_away_is_written_anew(folder):
     np.testing.assert_array_equal(ours.read("r", 0, 3), content([1, 2, 3]))
 
 
+def test_what_was_handed_over_and_not_fetched_is_written_anew(folder):
+    """The engine that was to fetch it died, and the request came back."""
+    ours, theirs = pools(folder)
+    ours.park("r", "form", [1, 2], lambda start, end: content([1, 2])[start:end])
+    ours.hand_over("r")
+    ours.park("r", "form", [1, 2, 3], lambda start, end: content([1, 2, 3])[start:end])
+    assert ours.counters.bytes == 3 * ROW
+    assert theirs.take("r", "form", [1, 2, 3], WIDTH, "a")
+    np.testing.assert_array_equal(theirs.read("r", 0, 3), content([1, 2, 3]))
+
+
 def test_a_host_without_memory_keeps_nothing(folder):
     pool = pools(folder)[0]
     pool.park("r", "form", [1], lambda start, end: content([1]))

@@ -82,35 +82,24 @@ class KVPool:
         if entry is not None:
             self._shorten(request_id, entry, known)
         if len(tokens) > known:
-            new = rows(known, len(tokens))
-            width = new.shape[1] + TOKEN_BYTES
-            if not self._make_room(width * len(tokens) - (entry.nbytes if entry else 0)):
-                self._remove(request_id, entry)
-                self.counters.dropped_tokens += len(tokens)
-                return
-            ids = np.array(tokens[known:], np.int64).view(np.uint8).reshape(-1, TOKEN_BYTES)
-            if not self._append(request_id, form, np.concatenate([ids, new], axis=1)):
-                self._remove(request_id, entry)
-                self.counters.dropped_tokens += len(tokens)
-                return
-            before = entry.nbytes if entry else 0
-            entry = _Entry(form, tokens.copy(), width)
-            self.counters.bytes += entry.nbytes - before
-            self.counters.parks += 1
-            self.counters.parked_tokens += len(tokens) - known
-        if entry is not None and entry.tokens:
+            entry = self._extend(request_id, form, tokens, known, rows(known, len(tokens)))
+        if entry is not None:
             self._parked[request_id] = entry
 
-    def _append(self, request_id: str, form: str, rows: np.ndarray) -> bool:
-        """Whether the host had the memory."""
-        try:
-            with open(self._path(request_id, form), "ab", buffering=0) as file:
-                data = rows.reshape(-1).data
-                while len(data):
-                    data = data[file.write(data) :]
-        except OSError:
-            return False
-        return True
+    def _extend(self, request_id: str, form: str, tokens: list[int], known: int, new: np.ndarray) -> _Entry | None:
+        """Add rows to the `known` ones; None, and nothing is left, where there is no room."""
+        ids = np.array(tokens[known:], np.int64).view(np.uint8).reshape(-1, TOKEN_BYTES)
+        entry, added = _Entry(form, tokens.copy(), new.shape[1] + TOKEN_BYTES), np.concatenate([ids, new], axis=1)
+        path = self._path(request_id, form)
+        if not (self._make_room(added.nbytes) and _write(path, added, "ab" if known else "wb")):
+            path.unlink(missing_ok=True)
+            self.counters.bytes -= known * entry.width
+            self.counters.dropped_tokens += len(tokens)
+            return None
+        self.counters.bytes += added.nbytes
+        self.counters.parks += 1
+        self.counters.parked_tokens += len(tokens) - known
+        return entry
 
     def _shorten(self, request_id: str, entry: _Entry, count: int) -> None:
         """Keep the first `count` rows."""
@@ -201,3 +190,15 @@ class KVPool:
     def _path(self, request_id: str, form: str) -> Path:
         digest = hashlib.blake2b(request_id.encode(), digest_size=16).hexdigest()
         return self._folder / f"{digest}-{form}"
+
+
+def _write(path: Path, rows: np.ndarray, mode: str) -> bool:
+    """Whether the host had the memory."""
+    try:
+        with open(path, mode, buffering=0) as file:
+            data = rows.reshape(-1).data
+            while len(data):
+                data = data[file.write(data) :]
+    except OSError:
+        return False
+    return True
