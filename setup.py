@@ -30,6 +30,7 @@ setup(
         "xxhash>=3.5,<5",
         "isal>=1.7,<2",
         "numpy>=2.0,<3",
+        "numba>=0.65,<1",
         "pydantic>=2.11,<3",
         "pyyaml>=6.0,<7",
         "rich>=14,<16",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -21,6 +22,7 @@ from megatron_pbsd.checkpointing.retention import unknown
 from megatron_pbsd.checkpointing.store import CheckpointStore, complete
 from megatron_pbsd.checkpointing.torch_dist import writer_name
 from megatron_pbsd.config import RunConfig
+from megatron_pbsd.controller.failures import ComponentDied
 from megatron_pbsd.controller.runtime import Handle, Runtime, open_runtime
 from megatron_pbsd.environments import Environment, build_environment
 from megatron_pbsd.learner.group import LearnerGroup
@@ -28,12 +30,14 @@ from megatron_pbsd.observability.recorder import Recorder
 from megatron_pbsd.observability.records import TRAJECTORIES
 from megatron_pbsd.prompts import evaluation_requests, position
 from megatron_pbsd.resharding.publication import Publisher
+from megatron_pbsd.resharding.shared_memory import SharedFolder
 from megatron_pbsd.resume import Start, find_start, leaving_weights
 from megatron_pbsd.rollout.coordinator import CollectStatistics, RolloutRequest, build_coordinator
 from megatron_pbsd.rollout.engine_group import EngineGroup
+from megatron_pbsd.rollout.engines.embedded.kv_pool import PoolPlace
 from megatron_pbsd.rollout.engines.host import EngineHost
 from megatron_pbsd.rollout.engines.protocol import Engine
-from megatron_pbsd.rollout.sink import taken_up
+from megatron_pbsd.rollout.sink import read_trajectories, taken_up
 from megatron_pbsd.trajectory import Group, Trajectory
 
 if TYPE_CHECKING:
@@ -51,9 +55,10 @@ class Rollout:
     """
 
     def __init__(self, runtime: Runtime, coordinator: Handle, config: RunConfig, recorder: Recorder,
-                 publisher: Publisher):
+                 publisher: Publisher, engines: EngineGroup):
         self._runtime, self._coordinator, self._config, self._recorder = runtime, coordinator, config, recorder
-        self._publisher = publisher
+        self._publisher, self._engines = publisher, engines
+        self._restarts = config.rollout.engine_restarts
         self._taken_up: list[Trajectory] = []
 
     def collect(self, requests: Sequence[RolloutRequest], step: int, *, temperature: float | None = None,
@@ -72,14 +77,54 @@ class Rollout:
         if attempt == 0:
             self.discard_unscored(but=sink.stem)
             self._taken_up = taken_up(sink, self._origin(sampling))
-        call = self._coordinator.call(
-            "collect", requests, step=step, sink=sink.resolve(), finished=self._taken_up, **sampling)
-        # The coordinator has a deadline for each engine call; here only its own death can be news.
-        while not self._runtime.wait([call], timeout=POLL_S)[0]:
+        arguments = {"step": step, "sink": sink.resolve(), **sampling}
+        groups = self._collect(requests, finished=self._taken_up, **arguments)
+        while groups is None:
+            groups = self._collect(requests, finished=read_trajectories(sink), **arguments)
+        statistics = self._runtime.result(self._coordinator.call("statistics"))
+        for span in statistics.spans:
+            self._recorder.lane(span.engine, kind, span.start_ns, span.end_ns, step=step, chunks=span.chunks)
+        return groups, statistics
+
+    def _collect(self, requests: Sequence[RolloutRequest], **arguments: Any) -> list[Group] | None:
+        """Engines that die in it are started anew; None when that was so of all."""
+        call, restarted, done = self._coordinator.call("collect", requests, **arguments), 0, []
+        while not done:
+            # The coordinator has a deadline for each engine call; here only its own death can be news, and engines'.
+            done, _ = self._runtime.wait([call], timeout=POLL_S)
             progress = self._runtime.result(self._coordinator.observe("progress"))
             self._recorder.rollout_progress(progress.finished, progress.total)
-        groups = self._runtime.result(call)
-        return groups, self._runtime.result(self._coordinator.call("statistics"))
+            for death in progress.deaths[restarted:]:
+                self._restart(death)
+            restarted = len(progress.deaths)
+        try:
+            return self._runtime.result(call)
+        except ComponentDied as death:
+            if death.name not in self._engines.names:
+                raise
+            return None
+
+    def publish(self, version: int) -> dict[str, float]:
+        """See `Publisher.publish`. Engines that have died since the last rollout are started anew."""
+        while True:
+            try:
+                return self._publisher.publish(version)
+            except ComponentDied as death:
+                if death.name not in self._engines.names:
+                    raise
+                self._restart(death, restore=False)
+
+    def _restart(self, death: ComponentDied, restore: bool = True) -> None:
+        """Raises `death` when there have been too many. restore: give the engine the weights that the others have."""
+        if not self._restarts:
+            raise death
+        self._restarts -= 1
+        print(f"pbsd: {death.name} died: {death.cause}\npbsd: it is started anew, which may happen "
+              f"{self._restarts} more times (rollout.engine_restarts)", file=sys.stderr)
+        handle = self._engines.restart(death.name)
+        if restore:
+            self._publisher.restore(death.name)
+        self._runtime.result(self._coordinator.observe("join", handle))
 
     def _origin(self, sampling: Mapping[str, Any]) -> str:
         """All that decides how trajectories turn out, besides their prompts, which they have with them."""
@@ -204,7 +249,8 @@ def build(config: RunConfig, resume: str | None) -> Iterator[Components]:
         first_row = start.done + 1 if start.done else 0
         recorder = stack.enter_context(Recorder(folder, config.observability, config, first_row))
         runtime = stack.enter_context(open_runtime(config.runtime, config.folder / "logs", config.ray_port))
-        learner, engines = start_learner(runtime, config), start_engines(runtime, config)
+        kv_pool = stack.enter_context(SharedFolder())
+        learner, engines = start_learner(runtime, config), start_engines(runtime, config, kv_pool)
         reference = start_reference(runtime, config)
         coordinator = start_coordinator(runtime, config, engines)
         environment = build_environment(config.environment, config.model.path)
@@ -219,7 +265,7 @@ def build(config: RunConfig, resume: str | None) -> Iterator[Components]:
         publisher = Publisher(learner, engines, _probe(environment, config), config.rollout.probe_tolerance)
         stack.callback(publisher.close)
         stack.enter_context(leaving_weights(publisher, checkpoints.folder, config))
-        rollout = Rollout(runtime, coordinator, config, recorder, publisher)
+        rollout = Rollout(runtime, coordinator, config, recorder, publisher, engines)
         yield Components(config, recorder, environment, learner, publisher, rollout, reference, checkpoints, start)
         learner.saved()
         checkpoints.finish()
@@ -249,11 +295,15 @@ def build_learner(rank: int, rendezvous: str, **arguments: Any) -> Learner:
     return Learner(rank, rendezvous, **arguments)
 
 
-def start_engines(runtime: Runtime, config: RunConfig) -> EngineGroup:
+def start_engines(runtime: Runtime, config: RunConfig, kv_pool: SharedFolder) -> EngineGroup:
+    """kv_pool: where they park KV."""
+    rollout = config.rollout
     return EngineGroup.spawn(
-        runtime, build_engine, count=config.rollout.engines, deadline_s=config.rollout.deadline_s,
-        model_path=config.model.path, slots=config.rollout.slots, max_context=config.rollout.max_context,
-        load_weights=config.model.initial_weights == "load")
+        runtime, build_engine, count=rollout.engines, deadline_s=rollout.deadline_s, model_path=config.model.path,
+        slots=rollout.slots, max_context=rollout.max_context,
+        load_weights=config.model.initial_weights == "load",
+        kv_pool=PoolPlace(kv_pool.path, rollout.kv_pool_mb * 2**20, shared=rollout.divides),
+        longest_draft=rollout.speculation.max_draft_tokens if rollout.speculation.enabled else None)
 
 
 def start_reference(runtime: Runtime, config: RunConfig) -> EngineGroup | None:
@@ -266,10 +316,14 @@ def start_reference(runtime: Runtime, config: RunConfig) -> EngineGroup | None:
     return EngineGroup(runtime, [handle], config.rollout.deadline_s)
 
 
-def build_engine(**arguments: Any) -> Engine:
-    """In the engine's own process: the driver never imports transformers."""
+def build_engine(longest_draft: int | None = None, **arguments: Any) -> Engine:
+    """In the engine's own process: the driver never imports transformers. longest_draft: None does not speculate."""
     from megatron_pbsd.rollout.engines.embedded.engine import EmbeddedEngine
 
+    if longest_draft is not None:
+        from megatron_pbsd.rollout.engines.embedded.speculation import Speculation
+
+        arguments["speculation"] = Speculation(longest_draft)
     return EmbeddedEngine(**arguments)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -21,7 +21,48 @@ def of_engines(rollouts: Sequence[CollectStatistics]) -> dict[str, float]:
         "rollout/cached_tokens": float(sum(r.cached_tokens for r in rollouts)),
         "rollout/attempts": float(len(rollouts)),
         "rollout/taken_up": float(sum(r.taken_up for r in rollouts)),
+        "rollout/tail_s": sum(r.tail_seconds for r in rollouts),
+        "rollout/moves": float(sum(r.moves for r in rollouts)),
+        "rollout/engine_deaths": float(sum(len(r.deaths) for r in rollouts)),
+        **_of_drafts(rollouts),
+        **_of_kv(rollouts),
+        **_of_lengths([r.predicted_lengths for r in rollouts if r.predicted_lengths]),
     }
+
+
+def _of_drafts(rollouts: Sequence[CollectStatistics]) -> dict[str, float]:
+    """acceptance_length: tokens per pass that verified a draft, the one after it included; 1 if there were none."""
+    drafts, accepted = sum(r.drafts for r in rollouts), sum(r.accepted_tokens for r in rollouts)
+    return {
+        "speculation/acceptance_length": 1.0 + (accepted / drafts if drafts else 0.0),
+        "speculation/drafted_tokens": float(sum(r.drafted_tokens for r in rollouts)),
+        "speculation/accepted_tokens": float(accepted),
+    }
+
+
+def _of_kv(rollouts: Sequence[CollectStatistics]) -> dict[str, float]:
+    """Tokens of contexts by where their KV came from: see `engines.protocol.KVCounters`."""
+    kv = [r.kv for r in rollouts]
+    return {
+        "kv/slot_tokens": float(sum(c.slot_tokens for c in kv)),
+        "kv/sibling_tokens": float(sum(c.sibling_tokens for c in kv)),
+        "kv/restored_tokens": float(sum(c.restored_tokens for c in kv)),
+        "kv/moved_tokens": float(sum(c.moved_in_tokens for c in kv)),
+        "kv/moves_in": float(sum(c.moved_in for c in kv)),
+        "kv/moves_out": float(sum(c.moved_out for c in kv)),
+        "kv/recomputed_tokens": float(sum(r.recomputed_tokens for r in rollouts)),
+        "kv/prefilled_tokens": float(sum(r.prefilled_tokens for r in rollouts)),
+        "kv/parks": float(sum(c.parks for c in kv)),
+        "kv/parked_tokens": float(sum(c.parked_tokens for c in kv)),
+        "kv/dropped_tokens": float(sum(c.dropped_tokens for c in kv)),
+        "kv/pool_bytes": float(kv[-1].bytes),
+    }
+
+
+def _of_lengths(calibrations: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Predicted against real lengths, of policies that predict: see `length_context.Calibration`."""
+    return {f"lengths/{key}": float(np.mean([c[key] for c in calibrations])) for key in calibrations[0]} \
+        if calibrations else {}
 
 
 def of_rollout(groups: Sequence[Group]) -> dict[str, float]:

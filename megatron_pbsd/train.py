@@ -1,6 +1,6 @@
 """The training loop. Everything else is a component it is handed.
 
-    weights      publisher.publish(version)            learner -> engines, in place, verified
+    weights      rollout.publish(version)              learner -> engines, in place, verified
     rollout      rollout.collect(requests)             multi-turn trajectories, tools; token in, token out
     reward       environment.score                     verified answer -> reward
     log_probs    credit.plan_for, credit.prepare       the forward passes that are needed -> advantage per token
@@ -102,7 +102,7 @@ def train_supervised(run: Components) -> None:
 def start(run: Components) -> None:
     """Give the engines the learner's weights, new or resumed, and evaluate the starting policy."""
     with run.recorder.phase("weights"):
-        metrics = run.publisher.publish(run.start.done)
+        metrics = run.rollout.publish(run.start.done)
     if run.start.done == 0:
         run.recorder.log(0, metrics | run.evaluate(0) if run.config.evaluation.at_start else metrics)
 
@@ -114,7 +114,7 @@ def finish(run: Components, step: int, metrics: dict[str, float]) -> None:
     evaluating, saving = is_due(step, config.evaluation.every, config), is_due(step, config.checkpoint.every, config)
     if config.algorithm.name != "sft" or evaluating:
         with recorder.phase("weights"):
-            metrics |= run.publisher.publish(step)
+            metrics |= run.rollout.publish(step)
     if evaluating:
         metrics |= run.evaluate(step)
     run.check(metrics, evaluating)

@@ -83,6 +83,9 @@ class ScriptedEngine:
     def release(self, request_ids: Sequence[str]) -> None:
         self.kept -= set(request_ids)
 
+    def hand_over(self, request_ids: Sequence[str]) -> None:
+        self.release(request_ids)
+
     def update_weights(self, manifest: object, version: int) -> None:
         self.weights = version
 

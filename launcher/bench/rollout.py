@@ -1,10 +1,10 @@
-"""What a decision of the rollout scheduler costs: one placement, with the events that lead to it, in processor time of
-one thread.
+"""The rollout: what a decision of its scheduler costs, and what policies bring live (`live_rollout`).
 
-Groups of 8 requests of lognormal length (median 8000 tokens, sigma 0.8, three quarters of the variance between groups)
-run in chunks of 2048 on 1000 engines. Whichever chunk in flight ends next is random; its request is submitted again or
-over, and the scheduler places what waits. `decisions_per_s` is the slower of the policies: 100 000 requests, half of
-them in flight. `cost_ratio_1m_over_10k`, the worse of the policies, has 5 000 in flight, of 1 000 000 or of 10 000.
+A decision is one placement, with the events that lead to it, in processor time of one thread. Groups of 8 requests of
+lognormal length (median 8000 tokens, sigma 0.8, three quarters of the variance between groups) run in chunks of 2048 on
+1000 engines. Whichever chunk in flight ends next is random; its request is submitted again or over, and the scheduler
+places what waits. `decisions_per_s` is the slower of the policies: 100 000 requests, half of them in flight.
+`cost_ratio_1m_over_10k`, the worse of the policies, has 5 000 in flight, of 1 000 000 or of 10 000.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import random
 import time
 from collections.abc import Callable, Sequence
 
+from launcher.bench import live_rollout
 from megatron_pbsd.errors import UsageError
 from megatron_pbsd.rollout.length_context import LengthContext
 from megatron_pbsd.rollout.length_model import LengthModel
@@ -39,7 +40,7 @@ def run(overrides: Sequence[str] = ()) -> dict[str, float]:
         ratios.append(best(make, 1_000_000, 5) / best(make, 10_000, 5))
         numbers[f"cost_ratio_1m_over_10k_{name}"] = ratios[-1]
     speeds = [numbers[f"decisions_per_s_{name}"] for name in POLICIES]
-    return {"decisions_per_s": min(speeds), "cost_ratio_1m_over_10k": max(ratios), **numbers}
+    return {"decisions_per_s": min(speeds), "cost_ratio_1m_over_10k": max(ratios), **numbers, **live_rollout.run()}
 
 
 def best(make: Callable[[], Policy], requests: int, slots: int) -> float:

@@ -8,6 +8,17 @@ from pydantic import Field
 
 from megatron_pbsd.config.section import PositiveInt, Section
 
+DIVIDING = ("divided", "context_aware", "longest_remaining")
+"""Policies that run requests in chunks, any of which may run on any engine."""
+CHUNKS_PER_TURN, SHORTEST_CHUNK = 8, 16
+
+
+class SpeculationConfig(Section):
+    enabled: bool = False
+    """Draft tokens from what siblings generated, where that is measured to pay; what is generated stays the same."""
+    max_draft_tokens: Annotated[int, Field(ge=1, le=64)] = 8
+    """Longest draft."""
+
 
 class RolloutConfig(Section):
     engines: PositiveInt = 2
@@ -26,10 +37,49 @@ class RolloutConfig(Section):
     """Most tokens the policy may generate in one turn."""
     max_context: PositiveInt = 512
     """Most tokens of a trajectory, prompt included."""
+    policy: Literal["group_pinned", "least_loaded", "divided", "context_aware", "longest_remaining"] = "least_loaded"
+    """Which request runs next, and on which engine. Trajectories are the same whatever it is."""
+    chunk_tokens: PositiveInt | None = None
+    """Longest chunk of policies that divide; null is an eighth of max_turn_tokens, and at least 16."""
+    kv_pool_mb: Annotated[int, Field(ge=0)] = 256
+    """Host memory of each engine for KV that has lost its slot or may go to another engine (MiB); 0 keeps none."""
+    speculation: SpeculationConfig = SpeculationConfig()
+    """Grouped speculative decoding."""
+    engine_restarts: Annotated[int, Field(ge=0)] = 2
+    """Engines that died and are started again, in a whole run; a further death ends it."""
     deadline_s: Annotated[float, Field(gt=0)] = 300.0
     """After this long without a finished chunk an engine is declared hung."""
     probe_tolerance: Annotated[float, Field(gt=0)] = 1e-4
     """Largest |engine - learner| log-prob on the probe batch after a publication (nats)."""
+
+    @property
+    def divides(self) -> bool:
+        return self.policy in DIVIDING
+
+    @property
+    def longest_chunk(self) -> int | None:
+        """Most tokens of a chunk; None: turns are not divided."""
+        if not self.divides:
+            return None
+        return self.chunk_tokens or max(SHORTEST_CHUNK, self.max_turn_tokens // CHUNKS_PER_TURN)
+
+    @property
+    def most_generated(self) -> int:
+        """Most tokens that a trajectory can generate."""
+        return min(self.max_turns * self.max_turn_tokens, self.max_context)
+
+    def conflicts(self) -> list[str]:
+        """Keys that mean nothing beside others, one message each."""
+        problems = []
+        if self.chunk_tokens is not None and not self.divides:
+            problems.append(
+                f"rollout.chunk_tokens = {self.chunk_tokens} has no effect with rollout.policy = {self.policy!r}, "
+                f"which does not divide: leave it out, or set rollout.policy to one of {', '.join(DIVIDING)}")
+        if self.chunk_tokens is not None and self.chunk_tokens > self.max_turn_tokens:
+            problems.append(
+                f"rollout.chunk_tokens = {self.chunk_tokens} divides nothing: turns have at most "
+                f"rollout.max_turn_tokens = {self.max_turn_tokens}; the nearest valid value is {self.max_turn_tokens}")
+        return problems
 
 
 class EnvironmentConfig(Section):

@@ -100,6 +100,7 @@ class RunConfig(Section):
                 f"rollout.max_context = {self.rollout.max_context} does not fit a micro-batch: "
                 f"learner.micro_batch_tokens * learner.parallel.{ranks} = {learner.micro_batch_tokens} * {size} = "
                 f"{positions} positions; raise either, or lower max_context to at most {positions + 1}")
+        problems += self.rollout.conflicts()
         problems += self._checkpoint_conflicts()
         if self.model is not None and self.model.initial_weights == "random":
             reason = ("compares the policy with the model in model.path, from which model.initial_weights = 'random' "

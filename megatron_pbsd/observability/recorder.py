@@ -106,6 +106,10 @@ class Recorder:
             if self._depth == 0:
                 self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - started
 
+    def lane(self, lane: str, name: str, start_ns: int, end_ns: int, **arguments: Any) -> None:
+        """Something that went on beside the phases, in a lane of its own in the trace. Times are `time.time_ns`."""
+        self._trace.add(name, start_ns, end_ns - start_ns, lane=lane, **arguments)
+
     def rollout_progress(self, finished: int, total: int) -> None:
         """Trajectories of the current rollout that are finished, of how many."""
         self.progress.rollout(finished, total)

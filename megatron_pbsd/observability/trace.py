@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+DRIVER = "driver"
+
 
 class Trace:
     """Appends events to `path`. Times are wall-clock microseconds, so that the parts of a resumed run line up."""
@@ -17,7 +19,9 @@ class Trace:
     def __init__(self, path: Path):
         events = _complete_events(path)
         if not events:
-            events = [json.dumps({"name": "process_name", "ph": "M", "pid": 0, "args": {"name": "driver"}})]
+            events = [json.dumps({"name": "process_name", "ph": "M", "pid": 0, "args": {"name": DRIVER}})]
+        self._lanes = {DRIVER: 0} | {
+            event["args"]["name"]: event["tid"] for event in map(json.loads, events) if event["name"] == "thread_name"}
         rewritten = path.with_suffix(".tmp")
         rewritten.write_text("[\n" + ",\n".join(events) + "\n]\n", encoding="utf-8")
         os.replace(rewritten, path)
@@ -32,10 +36,15 @@ class Trace:
         finally:
             self.add(name, started, time.perf_counter_ns() - clock, **arguments)
 
-    def add(self, name: str, start_ns: int, duration_ns: int, **arguments: Any) -> None:
+    def add(self, name: str, start_ns: int, duration_ns: int, lane: str = DRIVER, **arguments: Any) -> None:
         """A span that began at `start_ns` (time.time_ns)."""
-        event = {"name": name, "ph": "X", "pid": 0, "tid": 0, "ts": start_ns / 1e3, "dur": duration_ns / 1e3,
-                 "args": arguments}
+        if lane not in self._lanes:
+            self._lanes[lane] = len(self._lanes)
+            self._append({"name": "thread_name", "ph": "M", "pid": 0, "tid": self._lanes[lane], "args": {"name": lane}})
+        self._append({"name": name, "ph": "X", "pid": 0, "tid": self._lanes[lane], "ts": start_ns / 1e3,
+                      "dur": duration_ns / 1e3, "args": arguments})
+
+    def _append(self, event: dict[str, Any]) -> None:
         # One write replaces the closing bracket, so that a crash between events leaves valid JSON.
         self._file.seek(-len(b"\n]\n"), os.SEEK_END)
         self._file.write(b",\n" + json.dumps(event).encode() + b"\n]\n")

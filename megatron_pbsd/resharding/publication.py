@@ -47,6 +47,7 @@ class Target(Protocol):
 
     def update_weights(self, manifest: WeightsManifest, version: int) -> None: ...
     def write_weights(self, manifest: WeightsManifest, engine: int) -> None: ...
+    def restore_weights(self, manifest: WeightsManifest, version: int, engine: str) -> dict[str, str]: ...
     def checksums(self) -> list[dict[str, str]]: ...
     def score(self, sequences: Sequence[Sequence[int]]) -> list[list[np.ndarray]]: ...
 
@@ -96,6 +97,14 @@ class Publisher:
         worst = self._compare(version)
         self.published = Published(version, checksums)
         return {"weights/probe_max_abs": worst, "weights/bytes": float(self._manifest.nbytes)}
+
+    def restore(self, engine: str) -> None:
+        """Give an engine that has been started anew what was published last. PublicationError as from `publish`."""
+        published = self.published
+        held = self._target.restore_weights(self._manifest, published.version, engine)
+        if wrong := [name for name, value in published.checksums.items() if held.get(name) != value]:
+            raise PublicationError(
+                f"version {published.version}: {engine}, started anew, holds other bytes than the others in {wrong}")
 
     def copies(self) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
         """Where weights are when the learner is lost, and they, one after the other in the same memory: what is left in

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -30,6 +31,23 @@ class Segment:
         (ROOT / self.name).unlink(missing_ok=True)
 
 
+class SharedFolder:
+    """Owns an empty folder in shared memory until `close`; what others leave there goes with it."""
+
+    def __init__(self) -> None:
+        _sweep()
+        self.path = tempfile.mkdtemp(prefix=f"pbsd-{os.getpid()}-", dir=ROOT)
+
+    def close(self) -> None:
+        shutil.rmtree(self.path, ignore_errors=True)
+
+    def __enter__(self) -> SharedFolder:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
 def attach(manifest: WeightsManifest) -> dict[str, torch.Tensor]:
     """The manifest's tensors as views into the segment; unmapped when the last of them is gone.
 
@@ -46,8 +64,12 @@ def attach(manifest: WeightsManifest) -> dict[str, torch.Tensor]:
 
 
 def _sweep() -> None:
-    """Remove segments whose owner was killed before it could."""
+    """Remove segments and folders whose owner was killed before it could."""
     for path in ROOT.glob("pbsd-*"):
         owner = re.match(r"pbsd-(\d+)-", path.name)
-        if owner and not Path(f"/proc/{owner[1]}").exists():
+        if not owner or Path(f"/proc/{owner[1]}").exists():
+            continue
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
             path.unlink(missing_ok=True)

@@ -1,26 +1,27 @@
-"""Drives all engines and the environment from prompts to finished groups.
-
-Each engine has at most one `pump` call outstanding: what it is to forget, what it is to start, and the wait for its
-next finished chunks, in one round trip.
-"""
+"""Drives all engines and the environment from prompts to finished groups."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 from megatron_pbsd.config import RolloutConfig, RunConfig
-from megatron_pbsd.controller.failures import DeadlineExpired
-from megatron_pbsd.controller.gather import gather
-from megatron_pbsd.controller.runtime import Client, Future, Handle
+from megatron_pbsd.controller.failures import ComponentDied
+from megatron_pbsd.controller.runtime import Client, Handle
 from megatron_pbsd.environments import Environment, Task, build_environment
-from megatron_pbsd.rollout.engines.protocol import ChunkResult, EngineStatistics
+from megatron_pbsd.rollout.activity import EngineSpan
+from megatron_pbsd.rollout.dispatcher import Dispatcher
+from megatron_pbsd.rollout.engine_set import EngineSet
+from megatron_pbsd.rollout.engines.protocol import EngineStatistics, KVCounters
 from megatron_pbsd.rollout.episode import Episode, EpisodeStart
 from megatron_pbsd.rollout.errors import RolloutError
-from megatron_pbsd.rollout.policies.least_loaded import LeastLoaded
-from megatron_pbsd.rollout.scheduler import Assignment, Policy, Scheduler
+from megatron_pbsd.rollout.length_history import LengthHistory
+from megatron_pbsd.rollout.policies.configured import configured_policy
+from megatron_pbsd.rollout.policies.context_aware import ContextAware
+from megatron_pbsd.rollout.policies.longest_remaining import LongestRemaining
+from megatron_pbsd.rollout.scheduler import Policy
 from megatron_pbsd.rollout.sink import TrajectorySink
 from megatron_pbsd.trajectory import Group, Trajectory
 
@@ -37,17 +38,29 @@ class RolloutRequest:
 
 @dataclass(frozen=True)
 class Progress:
-    """Trajectories finished and asked for, tokens generated so far, of the present or latest `collect`."""
+    """Trajectories finished and asked for, tokens generated so far, of the present or latest `collect`.
+
+    deaths: of engines without which it goes, or went, on.
+    """
 
     finished: int
     total: int
     tokens: int
+    deaths: tuple[ComponentDied, ...] = ()
 
 
 @dataclass(frozen=True)
 class CollectStatistics:
     """engine_idle_share: part of the engines' wall time in which they computed nothing, 0 … 1.
-    taken_up, taken_up_tokens: of the trajectories and generated tokens, those that were there before."""
+    taken_up, taken_up_tokens: of the trajectories and generated tokens, those that were there before.
+    tail_seconds: time spent on nothing but the last tenth of the trajectories.
+    engine_steps: forward passes of the engine that had the most.
+    moves: chunks that ran on another engine than their trajectory's last.
+    recomputed_tokens: whose KV an earlier chunk of the trajectory had computed, but was not found again.
+    kv: what became of KV, all engines together. spans: when engines had work.
+    drafts, drafted_tokens, accepted_tokens: see `protocol.EngineStatistics`.
+    deaths: of engines without which the rollout went on; nothing of what they counted is in here.
+    predicted_lengths: see `length_context.Calibration`; empty under policies that predict none."""
 
     trajectories: int
     turns: int
@@ -58,6 +71,17 @@ class CollectStatistics:
     engine_idle_share: float
     taken_up: int = 0
     taken_up_tokens: int = 0
+    tail_seconds: float = 0.0
+    engine_steps: int = 0
+    moves: int = 0
+    recomputed_tokens: int = 0
+    kv: KVCounters = field(default_factory=KVCounters)
+    drafts: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
+    spans: tuple[EngineSpan, ...] = ()
+    deaths: tuple[ComponentDied, ...] = ()
+    predicted_lengths: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def tokens_per_second(self) -> float:
@@ -65,10 +89,10 @@ class CollectStatistics:
 
 
 class Coordinator:
-    """engines: handles of `EngineHost` components, the same for the coordinator's whole life. policy: makes the policy
-    of each `collect`.
+    """engines: handles of `EngineHost` components to begin with. policy: makes the policy of each `collect`, in place
+    of the configured one.
 
-    `collect` is called from one thread; `progress` may be called from another at any time.
+    `collect` is called from one thread; `progress`, `join` and `leave` may be called from another at any time.
     """
 
     def __init__(
@@ -77,15 +101,24 @@ class Coordinator:
         environment: Environment,
         config: RolloutConfig,
         client: Client,
-        policy: Callable[[], Policy] = LeastLoaded,
+        policy: Callable[[], Policy] | None = None,
     ):
-        self._engines = {handle.name: handle for handle in engines}
+        self._engines = EngineSet(engines, client, config.deadline_s)
         self._environment, self._config, self._client, self._policy = environment, config, client, policy
+        self._history = LengthHistory()
         self._progress = Progress(0, 0, 0)
         self._statistics: CollectStatistics | None = None
 
+    def join(self, engine: Handle) -> None:
+        """One more engine, with the weights of the others, from the next finished chunk on."""
+        self._engines.join(engine)
+
+    def leave(self, engine: str) -> None:
+        """It gets no more chunks; those it has are finished. RolloutError in `collect` if there is no such engine."""
+        self._engines.leave(engine)
+
     def progress(self) -> Progress:
-        return self._progress
+        return replace(self._progress, deaths=tuple(self._engines.deaths))
 
     def statistics(self) -> CollectStatistics | None:
         """Of the latest `collect` that returned."""
@@ -108,10 +141,14 @@ class Coordinator:
         soon as it is finished. `routed_experts`: keep which experts read each token, if the model has any.
         `finished`: trajectories of such a call that did not end; those that are asked for again are not generated
         again. That is the same rollout only if sampling depends on nothing but seed and trajectory id.
-        ComponentDied when an engine dies, DeadlineExpired when one has finished no chunk within `rollout.deadline_s`;
-        the engines are then in an unknown state. RolloutError when a prompt is too long.
+        What an engine that dies had begun, others do, from the last finished chunks on. ComponentDied when the last one
+        dies, DeadlineExpired when one has finished no chunk within `rollout.deadline_s`; the engines are then in an
+        unknown state. RolloutError when a prompt is too long.
         """
-        began, before = time.monotonic(), self._engine_statistics()
+        began = time.monotonic()
+        self._engines.deaths.clear()
+        self._engines.arrivals()
+        before = self._engines.ask("statistics")
         starts = {request.group_id: self._starts(request, step, seed, temperature, routed_experts)
                   for request in requests}
         if len(starts) < len(requests):
@@ -120,14 +157,30 @@ class Coordinator:
         done = _asked_again(finished, [start for group in starts.values() for start in group])
         episodes = {start.trajectory_id: Episode(start, self._config)
                     for group in starts.values() for start in group if start.trajectory_id not in done}
+        policy = self._make_policy(requests)
+        dispatcher = Dispatcher(self._engines, self._client, self._config, policy, before)
         with TrajectorySink(sink) as kept:
-            self._run(list(episodes.values()), kept, len(done))
+            self._run(dispatcher, list(episodes.values()), kept, len(done))
         made = done | {name: episode.trajectory() for name, episode in episodes.items()}
         groups = [Group(group_id, tuple(made[start.trajectory_id] for start in group))
                   for group_id, group in starts.items()]
-        self._statistics = summarised(
-            groups, list(done.values()), before, self._engine_statistics(), time.monotonic() - began)
+        for request, group in zip(requests, groups, strict=True):
+            self._history.asked(request.task.task_id, [t.generated for t in group.trajectories])
+        after = self._engines.ask("statistics")
+        for death in self._engines.deaths:
+            before.pop(death.name, None)
+        self._statistics = replace(
+            summarised(groups, list(done.values()), before, after, time.monotonic() - began),
+            moves=dispatcher.moves, recomputed_tokens=dispatcher.recomputed_tokens,
+            tail_seconds=dispatcher.activity.tail_seconds, spans=dispatcher.activity.spans,
+            deaths=tuple(self._engines.deaths), predicted_lengths=_calibration(policy))
         return groups
+
+    def _make_policy(self, requests: Sequence[RolloutRequest]) -> Policy:
+        if self._policy is not None:
+            return self._policy()
+        tasks = {request.group_id: request.task.task_id for request in requests}
+        return configured_policy(self._config, tasks, self._history)
 
     def _starts(
         self, request: RolloutRequest, step: int, seed: int, temperature: float, routed_experts: bool
@@ -140,31 +193,30 @@ class Coordinator:
                          seed, temperature, tuple(environment.stop_token_ids), routed_experts)
             for sample in range(request.samples)]
 
-    def _run(self, episodes: Sequence[Episode], sink: TrajectorySink, done: int) -> None:
+    def _run(self, dispatcher: Dispatcher, episodes: Sequence[Episode], sink: TrajectorySink, done: int) -> None:
         """done: how many further trajectories need no running."""
-        pool = Pool(self._engines, self._client, self._config, self._policy())
         total = len(episodes) + done
         self._progress = Progress(done, total, 0)
         running = {episode.request_id: episode for episode in episodes}
         for episode in episodes:
-            pool.submit(episode)
+            dispatcher.submit(episode)
         while running:
-            for result in pool.next_results():
+            for result in dispatcher.next_results():
                 episode = running[result.request_id]
                 episode.advance(result, self._environment)
                 if episode.finished:
-                    pool.finish(episode)
+                    dispatcher.finish(episode)
                     sink.write(episode.trajectory())
                     del running[result.request_id]
                 else:
-                    pool.submit(episode)
-                self._progress = Progress(
-                    total - len(running), total, self._progress.tokens + len(result.tokens))
-        pool.release()
+                    dispatcher.submit(episode)
+                self._progress = replace(
+                    self._progress, finished=total - len(running), tokens=self._progress.tokens + len(result.tokens))
+        dispatcher.release()
 
-    def _engine_statistics(self) -> list[EngineStatistics]:
-        return gather(self._client, [handle.call("statistics") for handle in self._engines.values()],
-                      phase="rollout.statistics", deadline_s=self._config.deadline_s)
+
+def _calibration(policy: Policy) -> dict[str, float]:
+    return policy.lengths.calibration.metrics() if isinstance(policy, ContextAware | LongestRemaining) else {}
 
 
 def _asked_again(finished: Sequence[Trajectory], starts: Sequence[EpisodeStart]) -> dict[str, Trajectory]:
@@ -181,72 +233,19 @@ def build_coordinator(engines: Sequence[Handle], config: RunConfig, client: Clie
     return Coordinator(engines, environment, config.rollout, client)
 
 
-class Pool:
-    """The engines during one collection: a scheduler, and the calls that are outstanding."""
-
-    def __init__(self, engines: dict[str, Handle], client: Client, config: RolloutConfig, policy: Policy):
-        self._engines, self._client, self._deadline_s = engines, client, config.deadline_s
-        self._scheduler = Scheduler(policy)
-        for name in engines:
-            self._scheduler.engine_joined(name, config.slots)
-        self._episodes: dict[str, Episode] = {}
-        self._to_start: dict[str, list[Assignment]] = {name: [] for name in engines}
-        self._to_release: dict[str, list[str]] = {name: [] for name in engines}
-        self._outstanding: dict[str, tuple[Future, float]] = {}
-
-    def submit(self, episode: Episode) -> None:
-        self._episodes[episode.request_id] = episode
-        self._scheduler.submitted(episode.request_id, episode.group_id, episode.context_tokens, episode.room)
-
-    def finish(self, episode: Episode) -> None:
-        holder = self._scheduler.request_finished(episode.request_id)
-        self._to_release[holder].append(episode.request_id)
-        del self._episodes[episode.request_id]
-
-    def next_results(self) -> list[ChunkResult]:
-        """Give the engines their work, and wait until one of them returns finished chunks."""
-        for assignment in self._scheduler.decisions():
-            self._to_start[assignment.engine].append(assignment)
-            if assignment.leaves is not None:
-                self._to_release[assignment.leaves].append(assignment.request_id)
-        for name, handle in self._engines.items():
-            if name not in self._outstanding and self._scheduler.in_flight(name):
-                chunks = [self._episodes[a.request_id].next_chunk(a.max_tokens) for a in self._to_start[name]]
-                call = handle.call("pump", chunks, self._to_release[name])
-                self._outstanding[name] = call, time.monotonic()
-                self._to_start[name], self._to_release[name] = [], []
-        name = self._first_done()
-        call, _ = self._outstanding.pop(name)
-        results = self._client.result(call)
-        for result in results:
-            self._scheduler.chunk_finished(result.request_id, len(result.tokens))
-        return results
-
-    def _first_done(self) -> str:
-        oldest = min(since for _, since in self._outstanding.values())
-        calls = [call for call, _ in self._outstanding.values()]
-        done, _ = self._client.wait(calls, 1, max(0.0, oldest + self._deadline_s - time.monotonic()))
-        if done:
-            return next(name for name, (call, _) in self._outstanding.items() if call is done[0])
-        limit = max(oldest, time.monotonic() - self._deadline_s)
-        late = [call for call, since in self._outstanding.values() if since <= limit]
-        raise DeadlineExpired("rollout", self._deadline_s, [call.name for call in late], self._client.stacks(late))
-
-    def release(self) -> None:
-        """Let the engines forget what is over."""
-        gather(self._client, [handle.call("release", self._to_release[name]) for name, handle in self._engines.items()],
-               phase="rollout.release", deadline_s=self._deadline_s)
-
-
 def summarised(
     groups: Sequence[Group],
     taken_up: Sequence[Trajectory],
-    before: Sequence[EngineStatistics],
-    after: Sequence[EngineStatistics],
+    before: Mapping[str, EngineStatistics],
+    after: Mapping[str, EngineStatistics],
     wall_seconds: float,
 ) -> CollectStatistics:
+    """An engine that is not in `before` has started since; one that is not in `after` is gone."""
+    def made(name: str, counter: str) -> float:
+        return getattr(after[name], counter) - (getattr(before[name], counter) if name in before else 0)
+
     def total(counter: str) -> float:
-        return sum(getattr(b, counter) - getattr(a, counter) for a, b in zip(before, after, strict=True))
+        return sum(made(name, counter) for name in after)
 
     trajectories: list[Trajectory] = [t for group in groups for t in group.trajectories]
     return CollectStatistics(
@@ -259,4 +258,16 @@ def summarised(
         engine_idle_share=max(0.0, 1.0 - total("busy_seconds") / (wall_seconds * len(after))),
         taken_up=len(taken_up),
         taken_up_tokens=sum(t.generated for t in taken_up),
+        **{counter: int(total(counter)) for counter in ("drafts", "drafted_tokens", "accepted_tokens")},
+        engine_steps=int(max(made(name, "decode_steps") for name in after)),
+        kv=kv_counters([s.kv for s in after.values()], [s.kv for name, s in before.items() if name in after]),
     )
+
+
+def kv_counters(after: Sequence[KVCounters], before: Sequence[KVCounters]) -> KVCounters:
+    """What was counted in between, all engines together; gauges as they are after."""
+    def total(counter: str, of: Sequence[KVCounters]) -> int:
+        return sum(getattr(counters, counter) for counters in of)
+
+    counted = {c.name: total(c.name, after) - total(c.name, before) for c in fields(KVCounters)}
+    return replace(KVCounters(**counted), bytes=total("bytes", after))

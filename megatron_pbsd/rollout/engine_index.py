@@ -66,6 +66,7 @@ class EngineIndex:
         return engine
 
     def lose(self, name: str) -> EngineLoad:
+        """It is given nothing more; what runs on it may still end."""
         engine = self._engines.pop(name)
         engine.alive = False
         engine.version += 1
@@ -85,7 +86,7 @@ class EngineIndex:
 
     def _entered(self, engine: EngineLoad) -> None:
         engine.version += 1
-        if engine.in_flight < engine.slots:
+        if engine.alive and engine.in_flight < engine.slots:
             heapq.heappush(self._heap, (engine.load, engine.order, engine.version, engine))
         if len(self._heap) > 64 + 8 * len(self._engines):
             self._heap = [(e.load, e.order, e.version, e) for e in self if e.in_flight < e.slots]

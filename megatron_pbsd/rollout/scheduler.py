@@ -93,9 +93,12 @@ class Policy(Protocol):
 
 
 class Scheduler:
-    def __init__(self, policy: Policy):
-        self._policy = policy
+    """pull_above: an engine that lacks the KV of more tokens than this gets it moved."""
+
+    def __init__(self, policy: Policy, pull_above: int = PULL_TOKENS):
+        self._policy, self._pull_above = policy, pull_above
         self._engines = EngineIndex()
+        self._leaving: dict[str, EngineLoad] = {}
         self._requests: dict[str, Request] = {}
         self._submitted = 0
 
@@ -104,26 +107,35 @@ class Scheduler:
         return [request.request_id for request in self._requests.values() if request.waiting]
 
     def in_flight(self, engine: str) -> list[str]:
-        known = self._engines.get(engine)
+        known = self._engines.get(engine) or self._leaving.get(engine)
         return [] if known is None else list(known.running)
 
     def engine_joined(self, name: str, slots: int, kv_tokens: int | None = None) -> None:
         """kv_tokens: how many tokens' KV it has memory for, if that is to be kept within bounds here."""
-        if self._engines.get(name) is not None:
+        if self._engines.get(name) is not None or self.in_flight(name):
             raise SchedulerError(f"engine {name!r} has already joined")
+        self._leaving.pop(name, None)
         admits = self._policy.admits
         self._engines.join(name, slots if admits else math.inf, kv_tokens if admits else None)
 
     def engine_lost(self, name: str) -> list[str]:
         """Its chunks wait again, from where they began. Returns their request ids."""
-        if self._engines.get(name) is None:
-            known = sorted(engine.name for engine in self._engines)
-            raise SchedulerError(f"engine {name!r} is lost but never joined; known are {known}")
-        lost = list(self._engines.lose(name).running.values())
+        gone = self._leaving.pop(name, None) or self._engines.lose(self._known(name))
+        lost = list(gone.running.values())
         for request in lost:
             request.engine = None
             self._wait(request)
         return [request.request_id for request in lost]
+
+    def engine_leaving(self, name: str) -> None:
+        """It gets no more chunks; those in flight on it end, and their requests go on elsewhere."""
+        self._leaving[name] = self._engines.lose(self._known(name))
+
+    def _known(self, name: str) -> str:
+        if self._engines.get(name) is None:
+            known = sorted(engine.name for engine in self._engines)
+            raise SchedulerError(f"engine {name!r} is lost but never joined; known are {known}")
+        return name
 
     def submitted(self, request_id: str, group_id: str, context_tokens: int, room: int | None = None) -> None:
         """A chunk of the request is to be run: its first, or its next."""
@@ -182,13 +194,13 @@ class Scheduler:
             request.waiting, request.engine, request.reserved = False, engine, tokens
             engines.started(engine, request, tokens)
             policy.started(request)
-            made.append(assignment(request, engine, chunk))
+            made.append(assignment(request, engine, chunk, self._pull_above))
         return made
 
 
-def assignment(request: Request, engine: EngineLoad, chunk: int | None) -> Assignment:
+def assignment(request: Request, engine: EngineLoad, chunk: int | None, pull_above: int) -> Assignment:
     holder = request.holder
     if holder is None or holder is engine or not holder.alive:
         return Assignment(request.request_id, engine.name, None, chunk)
-    pull = request.context_tokens if request.context_tokens > PULL_TOKENS else 0
+    pull = request.context_tokens if request.context_tokens > pull_above else 0
     return Assignment(request.request_id, engine.name, holder.name, chunk, pull)

@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 import time
+from pathlib import Path
 
 import pytest
 from pbsd_process import INLINE, SMALL, none_left
@@ -21,7 +22,7 @@ from megatron_pbsd.resharding.publication import Published
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", ["learner-1", "engine-0"])
 def test_a_component_that_dies_is_named_and_finished_trajectories_stay(pbsd, victim):
-    run = pbsd(f"dies-{victim}", *SMALL, "--steps", "1000", "--checkpoint.every", "0")
+    run = pbsd(f"dies-{victim}", *SMALL, "--steps", "1000", "--checkpoint.every", "0", "--rollout.engine_restarts", "0")
     run.wait_for_step(2)
     family = run.family()
     run.component(victim).kill()
@@ -41,6 +42,40 @@ def test_a_component_that_dies_is_named_and_finished_trajectories_stay(pbsd, vic
         files = [run.folder / "trajectories" / f"step_{done + 1:06d}{end}" for end in (".jsonl", ".unscored.jsonl")]
         assert 16 in [len(path.read_text().splitlines()) for path in files if path.exists()]
     assert (run.folder / "error.log").read_text()
+
+
+@pytest.mark.slow
+def test_engines_that_die_are_started_anew(pbsd):
+    """SIGKILL to one while it has chunks, to the other after a rollout, then to both. The run comes to what it would
+    have come to."""
+    options = (*SMALL, "--steps", "12", "--checkpoint.every", "0", "--rollout.policy", "longest_remaining",
+               "--rollout.engine_restarts", "4")
+    whole = pbsd("undisturbed", *options).succeed()
+    run = pbsd("engines-die", *options)
+    run.wait_for_step(1)
+    wait_for_rollout_after(run, lambda: max(row["step"] for row in run.rows()))
+    run.component("engine-0").kill()
+    run.wait_for_step(max(row["step"] for row in run.rows()) + 2)
+    wait_for_rollout_after(run, lambda: max(row["step"] for row in run.rows()), finished=16)
+    run.component("engine-1").kill()
+    run.wait_for_step(max(row["step"] for row in run.rows()) + 2)
+    both = [run.component(name) for name in ("engine-0", "engine-1")]
+    wait_for_rollout_after(run, lambda: max(row["step"] for row in run.rows()))
+    for process in both:
+        process.kill()
+    code, errors = run.finish()
+    assert code == 0, errors
+    assert errors.count("engine-0 died: ") == errors.count("engine-1 died: ") == 2
+    assert "started anew, which may happen 0 more times" in errors
+    rows = run.rows()
+    assert [row["step"] for row in rows] == [row["step"] for row in whole]
+    for ours, theirs in zip(rows[1:], whole[1:], strict=True):
+        for key in ("reward/mean", "loss/total", "grad_norm", "rollout/tokens"):
+            assert ours[key] == pytest.approx(theirs[key], rel=1e-4, abs=1e-6), (ours["step"], key)
+    lanes = [event["args"]["name"] for event in json.loads((run.folder / "trace.json").read_text())
+             if event["name"] == "thread_name"]
+    assert sorted(lanes) == ["engine-0", "engine-1"]
+    assert not list(Path("/dev/shm").glob(f"pbsd-{run.process.pid}-*"))
 
 
 @pytest.mark.slow
@@ -117,14 +152,14 @@ def newest_checkpoint(run):
     return int(latest.read_text().removeprefix("step_")) if latest.exists() else -1
 
 
-def wait_for_rollout_after(run, done):
-    """(step, trajectories that it has finished) of a rollout with the weights of step `done()`."""
+def wait_for_rollout_after(run, done, finished=1):
+    """(step, trajectories that it has finished, at least `finished`) of a rollout with the weights of step `done()`."""
     while run.process.poll() is None:
         step = done() + 1
         unscored = run.folder / "trajectories" / f"step_{step:06d}.unscored.jsonl"
         try:
-            if finished := unscored.read_text().count("\n"):
-                return step, finished
+            if (count := unscored.read_text().count("\n")) >= finished:
+                return step, count
         except FileNotFoundError:
             time.sleep(0.02)
     raise AssertionError(run.process.communicate()[1])

@@ -47,3 +47,19 @@ def test_a_resumed_run_continues_a_trace_that_a_crash_cut(tmp_path, lost):
         pass
     again.close()
     assert [event["name"] for event in events(path)] == (["a", "b", "c"] if lost < 5 else ["a", "c"])
+
+
+def test_lanes_keep_their_place_when_a_run_is_resumed(tmp_path):
+    path = tmp_path / "trace.json"
+    for lanes in (["engine-1", "driver"], ["engine-0", "engine-1"]):
+        trace = Trace(path)
+        for lane in lanes:
+            trace.add("step", 1_000, 500, lane=lane, chunks=3)
+        trace.close()
+    places = {event["args"]["name"]: event["tid"] for event in json.loads(path.read_text())
+              if event["name"] == "thread_name"}
+    assert len(set(places.values()) | {0}) == 3
+    assert [event["tid"] for event in events(path)] == [
+        places["engine-1"], 0, places["engine-0"], places["engine-1"]]
+    assert events(path)[0] | {"tid": 0} == {"name": "step", "ph": "X", "pid": 0, "tid": 0, "ts": 1.0, "dur": 0.5,
+                                            "args": {"chunks": 3}}

@@ -7,8 +7,9 @@ from scripted_rollout import EchoEnvironment, ScriptedEngine, chosen_experts, ex
 from megatron_pbsd.config import RolloutConfig
 from megatron_pbsd.controller.failures import ComponentDied, DeadlineExpired
 from megatron_pbsd.controller.inline import InlineRuntime
-from megatron_pbsd.rollout.coordinator import Coordinator, Progress
+from megatron_pbsd.rollout.coordinator import Coordinator, Progress, summarised
 from megatron_pbsd.rollout.engines.host import EngineHost
+from megatron_pbsd.rollout.engines.protocol import EngineStatistics, KVCounters
 from megatron_pbsd.rollout.errors import RolloutError
 from megatron_pbsd.rollout.length_context import LengthContext
 from megatron_pbsd.rollout.length_model import LengthModel
@@ -99,12 +100,27 @@ def test_a_coordinator_may_be_a_component_and_reports_progress(runtime, tmp_path
     assert kept == {t.trajectory_id: t for group in groups for t in group.trajectories}
 
 
-def test_an_engines_death_is_named_and_what_was_finished_is_kept(ray_runtime, tmp_path):
+def doomed(runtime):
+    return runtime.spawn("engine-doomed", EngineHost, ScriptedEngine, name="engine-doomed", crash_after=60)
+
+
+def test_without_an_engine_that_died_the_rollout_goes_on(ray_runtime, tmp_path):
     sink, asked = tmp_path / "sink.jsonl", requests(6, 4)
-    handles = [
-        *engines(ray_runtime, 1),
-        ray_runtime.spawn("engine-doomed", EngineHost, ScriptedEngine, name="engine-doomed", crash_after=60)]
-    coordinator = Coordinator(handles, EchoEnvironment(), LIMITS, ray_runtime.client)
+    coordinator = Coordinator([*engines(ray_runtime, 1), doomed(ray_runtime)], EchoEnvironment(), LIMITS,
+                              ray_runtime.client)
+    assert collected(coordinator.collect(asked, step=1, seed=5, temperature=1.0, sink=sink)) == wanted(asked)
+    (death,) = coordinator.statistics().deaths
+    assert death.name == "engine-doomed" and "engine-doomed runs into its scripted end" in death.last_lines
+    assert coordinator.progress().deaths == (death,)
+    assert len(read_trajectories(sink)) == 24
+    # The next one begins without it.
+    assert collected(coordinator.collect(asked, step=1, seed=5, temperature=1.0)) == wanted(asked)
+    assert coordinator.statistics().deaths == coordinator.progress().deaths == ()
+
+
+def test_the_last_engines_death_is_named_and_what_was_finished_is_kept(ray_runtime, tmp_path):
+    sink, asked = tmp_path / "sink.jsonl", requests(6, 4)
+    coordinator = Coordinator([doomed(ray_runtime)], EchoEnvironment(), LIMITS, ray_runtime.client)
     with pytest.raises(ComponentDied) as died:
         coordinator.collect(asked, step=1, seed=5, temperature=1.0, sink=sink)
     assert died.value.name == "engine-doomed"
@@ -175,3 +191,35 @@ def test_what_was_finished_before_is_not_generated_again(runtime, tmp_path):
     # All of it may have been finished.
     assert collected(coordinator.collect(asked, step=1, seed=5, temperature=1.0, finished=whole)) == wanted(asked)
     assert coordinator.statistics().tokens_per_second == 0
+
+
+@pytest.mark.parametrize(("name", "cause"), [
+    ("engine-9", r"engines \['engine-9'\] cannot leave: those that are there are \['engine-0'\]"),
+    ("engine-0", "no engine is left for 6 unfinished trajectories")])
+def test_engines_that_cannot_leave(name, cause):
+    runtime = InlineRuntime()
+    coordinator = Coordinator(engines(runtime, 1), EchoEnvironment(), LIMITS, runtime.client)
+    coordinator.leave(name)
+    with pytest.raises(RolloutError, match=cause):
+        coordinator.collect(requests(2, 3), step=1, seed=5, temperature=1.0)
+
+
+def test_statistics_of_a_rollout():
+    """Of two engines one of which has started in between, beside one that is gone."""
+    asked, runtime = requests(4, 5), InlineRuntime()
+    coordinator = Coordinator(engines(runtime, 2), EchoEnvironment(), LIMITS, runtime.client)
+    coordinator.collect(asked, step=1, seed=5, temperature=1.0)
+    statistics = coordinator.statistics()
+    assert 0 <= statistics.tail_seconds <= statistics.wall_seconds
+    assert {span.engine for span in statistics.spans} == {"engine-0", "engine-1"}
+    assert all(span.start_ns < span.end_ns and span.chunks > 0 for span in statistics.spans)
+
+    def counted(tokens, steps, busy, **kv):
+        return EngineStatistics(0, 0, 0, 0, tokens, tokens, 0, steps, busy, 0, KVCounters(**kv))
+
+    before = {"old": counted(100, 10, 1.0, moved_in=3, bytes=7), "gone": counted(5, 5, 5.0)}
+    after = {"old": counted(150, 30, 2.0, moved_in=5, bytes=9), "new": counted(40, 15, 0.5, moved_in=1, bytes=2)}
+    summary = summarised([], [], before, after, wall_seconds=2.0)
+    assert (summary.prefilled_tokens, summary.engine_steps) == (90, 20)
+    assert summary.engine_idle_share == pytest.approx(1 - 1.5 / 4)
+    assert (summary.kv.moved_in, summary.kv.bytes) == (3, 11)

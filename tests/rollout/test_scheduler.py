@@ -16,12 +16,13 @@ class AnyEvents(RuleBasedStateMachine):
         self.waiting: set[str] = set()
         self.at: dict[str, str] = {}
         self.between: set[str] = set()
+        self.leaving: set[str] = set()
         self.count = 0
 
     def place(self):
         for made in self.scheduler.decisions():
             self.waiting.remove(made.request_id)
-            assert made.request_id not in self.at
+            assert made.request_id not in self.at and made.engine in self.slots
             self.at[made.request_id] = made.engine
 
     @rule(slots=st.integers(1, 4))
@@ -40,6 +41,25 @@ class AnyEvents(RuleBasedStateMachine):
         del self.slots[name]
         for request in lost:
             del self.at[request]
+        self.waiting |= lost
+        self.place()
+
+    @precondition(lambda self: self.slots)
+    @rule(data=st.data())
+    def leave(self, data):
+        name = data.draw(st.sampled_from(sorted(self.slots)))
+        self.scheduler.engine_leaving(name)
+        del self.slots[name]
+        self.leaving.add(name)
+
+    @precondition(lambda self: self.leaving)
+    @rule(data=st.data())
+    def lose_one_that_leaves(self, data):
+        name = data.draw(st.sampled_from(sorted(self.leaving)))
+        lost = {request for request, at in self.at.items() if at == name}
+        assert set(self.scheduler.engine_lost(name)) == lost
+        self.leaving.remove(name)
+        self.at = {request: at for request, at in self.at.items() if at != name}
         self.waiting |= lost
         self.place()
 
@@ -78,13 +98,13 @@ class AnyEvents(RuleBasedStateMachine):
 
     @invariant()
     def nothing_is_lost_or_twice(self):
-        in_flight = [request for name in self.slots for request in self.scheduler.in_flight(name)]
+        in_flight = [request for name in (*self.slots, *self.leaving) for request in self.scheduler.in_flight(name)]
         assert sorted(in_flight) == sorted(self.at)
         assert set(self.scheduler.waiting) == self.waiting
 
     @invariant()
     def nothing_waits_beside_a_free_slot(self):
-        assert not self.waiting or len(self.at) == sum(self.slots.values())
+        assert not self.waiting or sum(at in self.slots for at in self.at.values()) == sum(self.slots.values())
 
 
 AnyEvents.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
@@ -139,3 +159,31 @@ def test_events_that_cannot_happen_are_refused():
         scheduler.engine_lost("b")
     with pytest.raises(SchedulerError, match="'a' has already joined"):
         scheduler.engine_joined("a", 2)
+
+
+def test_what_ran_on_an_engine_that_leaves_goes_on_elsewhere():
+    scheduler = running(9, {"a": 2})
+    scheduler.engine_joined("b", 8)
+    scheduler.engine_leaving("a")
+    scheduler.chunk_finished("a0", 3)
+    assert scheduler.in_flight("a") == ["a1"]
+    scheduler.submitted("a0", "g", 1000)
+    assert scheduler.decisions() == [Assignment("a0", "b")], "nothing is to be told to an engine that is gone"
+    with pytest.raises(SchedulerError, match="'a' has already joined"):
+        scheduler.engine_joined("a", 2)
+    scheduler.chunk_finished("a1")
+    assert scheduler.request_finished("a1") is None
+    scheduler.engine_joined("a", 2)
+
+
+@pytest.mark.parametrize(("above", "pulled"), [(99, 100), (100, 0)])
+def test_how_much_kv_is_worth_moving(above, pulled):
+    scheduler = Scheduler(LeastLoaded(spread=0), pull_above=above)
+    scheduler.engine_joined("a", 2)
+    for name in ("r", "s"):
+        scheduler.submitted(name, "g", 1)
+    scheduler.decisions()
+    scheduler.engine_joined("b", 8)
+    scheduler.chunk_finished("r")
+    scheduler.submitted("r", "g", 100)
+    assert scheduler.decisions() == [Assignment("r", "b", leaves="a", pull_tokens=pulled)]

@@ -19,9 +19,12 @@ class EngineHost:
     def __init__(self, factory: Callable[..., Engine], /, **arguments: Any):
         self._engine = factory(**arguments)
 
-    def pump(self, submissions: Sequence[Chunk], releases: Sequence[str]) -> list[ChunkResult]:
-        """`release`, `submit`, then `collect`."""
+    def pump(
+        self, submissions: Sequence[Chunk], releases: Sequence[str], hand_overs: Sequence[str] = ()
+    ) -> list[ChunkResult]:
+        """`release`, `hand_over`, `submit`, then `collect`."""
         self._engine.release(releases)
+        self._engine.hand_over(hand_overs)
         self._engine.submit(submissions)
         return self._engine.collect()
 

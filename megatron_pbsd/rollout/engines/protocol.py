@@ -25,6 +25,15 @@ class EngineError(PbsdError):
 
 
 @dataclass(frozen=True)
+class SiblingTokens:
+    """Tokens `[start, start + n)` of a request of the same group, prompt and observations included."""
+
+    request_id: str
+    start: int
+    tokens: Sequence[int]
+
+
+@dataclass(frozen=True)
 class Chunk:
     """A request to continue `tokens` by at most `max_new_tokens`.
 
@@ -36,6 +45,10 @@ class Chunk:
     stop_token_ids:  generation ends after any of these; the stop token is part of the result.
     routed_from:  asks which experts read each token from this position on; None does not ask. A trajectory asks in all
                   its chunks, each time for what it does not know yet.
+    kv_from:      the engine that ran the trajectory's last chunk, if its parked KV is to be fetched from there.
+    group_id:     trajectories of one prompt share it; what their contexts have in common is computed once, and they are
+                  drafted for from each other. Empty: none.
+    siblings:     what others of the group have read and generated at other engines, to draft from.
     """
 
     request_id: str
@@ -45,6 +58,9 @@ class Chunk:
     temperature: float = 1.0
     stop_token_ids: tuple[int, ...] = ()
     routed_from: int | None = None
+    kv_from: str | None = None
+    group_id: str = ""
+    siblings: tuple[SiblingTokens, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -68,8 +84,35 @@ class ChunkResult:
 
 
 @dataclass(frozen=True)
+class KVCounters:
+    """Where the KV of chunks' contexts came from, and what became of it; counters since the engine started.
+
+    slot_tokens:     found in the slot of the trajectory's last chunk.
+    sibling_tokens:  copied from a sibling's slot.
+    restored, restored_tokens:  contexts, and tokens of them, brought back from host memory.
+    moved_in, moved_in_tokens, moved_out:  the same from what another engine had parked; contexts left to others.
+    parks, parked_tokens:  times that KV was copied to host memory, and tokens of it.
+    dropped_tokens:  parked, or to be parked, for which there was no room.
+    bytes:           of host memory in use now.
+    """
+
+    slot_tokens: int = 0
+    sibling_tokens: int = 0
+    restored: int = 0
+    restored_tokens: int = 0
+    moved_in: int = 0
+    moved_in_tokens: int = 0
+    moved_out: int = 0
+    parks: int = 0
+    parked_tokens: int = 0
+    dropped_tokens: int = 0
+    bytes: int = 0
+
+
+@dataclass(frozen=True)
 class EngineStatistics:
-    """Counters since the engine started, gauges as they are now."""
+    """Counters since the engine started, gauges as they are now. kv_tokens: tokens whose KV it has memory for.
+    drafts, drafted_tokens, accepted_tokens: drafts that were verified, their tokens, and those that were kept."""
 
     version: int
     running: int
@@ -80,6 +123,11 @@ class EngineStatistics:
     cached_tokens: int
     decode_steps: int
     busy_seconds: float
+    kv_tokens: int = 0
+    kv: KVCounters = KVCounters()
+    drafts: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
 
 class Engine(Protocol):
@@ -94,6 +142,9 @@ class Engine(Protocol):
 
     def release(self, request_ids: Sequence[str]) -> None:
         """Forget cached KV of trajectories that are over. Unknown ids are ignored."""
+
+    def hand_over(self, request_ids: Sequence[str]) -> None:
+        """The same for trajectories that go on at other engines, which may fetch what is parked of them."""
 
     def update_weights(self, manifest: WeightsManifest, version: int) -> None:
         """Copy every tensor of the manifest into the parameters in place; drops all cached KV.

@@ -89,9 +89,10 @@ def family(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def make_engine(folders):
-    def make(family: str = "qwen3", *, slots: int = 8, max_context: int = 256, **arguments) -> EmbeddedEngine:
+    def make(family: str = "qwen3", *, name: str = "test-engine", slots: int = 8, max_context: int = 256,
+             **arguments) -> EmbeddedEngine:
         return EmbeddedEngine(
-            str(folders[family]), name="test-engine", slots=slots, max_context=max_context, **arguments)
+            str(folders[family]), name=name, slots=slots, max_context=max_context, **arguments)
 
     return make
 

@@ -67,14 +67,17 @@ class Segment:
 
 @dataclass(frozen=True)
 class DecodeRows:
-    """The first `count` tokens of the row: each is the one new token of a sequence.
+    """Tokens `[start, start + count)` of the row: the few new ones of many sequences, in the order of their slots.
 
-    slots [count], increasing. span: range of slots to attend over in place, or None to gather `slots` first.
-    token_of_row: for each slot of the span the token it serves (idle slots serve an arbitrary one); None: identity.
-    row_of_token: its inverse. mask: additive [rows, 1, 1, keys].
+    width: most tokens of a sequence. slots [sequences], increasing. span: range of slots to attend over in place, or
+    None to gather `slots` first. token_of_row: for each slot of the span, `width` times, the token it serves, counted
+    from `start` (where there is none an arbitrary one); None: identity. row_of_token: its inverse.
+    mask: additive [rows, 1, width, keys].
     """
 
+    start: int
     count: int
+    width: int
     slots: torch.Tensor
     mask: torch.Tensor
     span: tuple[int, int] | None
@@ -86,11 +89,12 @@ class DecodeRows:
 class PackedLayout:
     """Who attends to what in one forward pass; made once per step, shared by all layers.
 
-    The row ends with `padding` tokens that belong to nobody. cache: where its keys and values go, and those of earlier
-    tokens are; None: nothing is cached, and all lie in the row.
+    decode: sequences with one new token each, and those with a draft, as far as there are any. The row ends with
+    `padding` tokens that belong to nobody. cache: where its keys and values go, and those of earlier tokens are; None:
+    nothing is cached, and all lie in the row.
     """
 
-    decode: DecodeRows | None
+    decode: tuple[DecodeRows, ...]
     segments: tuple[Segment, ...]
     padding: int
     cache: SlotCache | None = None
@@ -113,39 +117,61 @@ def split_segment(start: int, count: int, slot: int | None, past: int, like: tor
     return segments
 
 
-def decode_rows(slots: Sequence[int], lengths: Sequence[int], like: torch.Tensor) -> DecodeRows:
-    """slots: strictly increasing, one per token; lengths: context length of each, the new token included."""
-    count, low, high = len(slots), slots[0], slots[-1] + 1
+def decode_rows(
+    start: int, slots: Sequence[int], lengths: Sequence[int], counts: Sequence[int], like: torch.Tensor
+) -> DecodeRows:
+    """slots: strictly increasing, one per sequence; lengths: context length of each, its new tokens included; counts:
+    how many those are."""
+    count, width, low, high = sum(counts), max(counts), slots[0], slots[-1] + 1
     index = torch.tensor(slots, device=like.device)
-    limit = torch.tensor(lengths, device=like.device)
     # Attending over idle slots costs less than copying the running ones out, unless most of the range is idle.
-    span = (low, high) if 2 * count >= high - low else None
+    span = (low, high) if 2 * len(slots) >= high - low else None
+    rows = high - low if span else len(slots)
+    # By row and token of the sequence: up to which key it sees.
+    limit = torch.full((rows, width), lengths[0], device=like.device)
     token_of_row = row_of_token = None
-    if span and count < high - low:
-        row_of_token = index - low
-        token_of_row = torch.zeros(high - low, dtype=torch.long, device=like.device)
-        token_of_row[row_of_token] = torch.arange(count, device=like.device)
-        limit = limit[token_of_row]
-    blocked = torch.arange(padded_keys(max(lengths)), device=like.device) >= limit[:, None]
-    return DecodeRows(count, index, blocked_mask(blocked, like.dtype)[:, None, None], span, token_of_row, row_of_token)
+    if count < rows * width:
+        token_of_row = torch.zeros(rows, width, dtype=torch.long, device=like.device)
+    places, first = [], 0
+    for i, (slot, length, new) in enumerate(zip(slots, lengths, counts)):
+        row = slot - low if span else i
+        limit[row, :new] = torch.arange(length - new + 1, length + 1, device=like.device)
+        if token_of_row is not None:
+            token_of_row[row, :new] = torch.arange(first, first + new, device=like.device)
+        places.extend(range(row * width, row * width + new))
+        first += new
+    if token_of_row is not None:
+        token_of_row, row_of_token = token_of_row.flatten(), torch.tensor(places, device=like.device)
+    blocked = torch.arange(padded_keys(max(lengths)), device=like.device) >= limit[..., None]
+    mask = blocked_mask(blocked, like.dtype)[:, None]
+    return DecodeRows(start, count, width, index, mask, span, token_of_row, row_of_token)
 
 
 def attend_decode(
     rows: DecodeRows, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float | None
 ) -> torch.Tensor:
-    """query [count, heads, head_dim] against the slots' keys and values; returns [count, heads, value_dim]."""
+    """query [T, heads, head_dim] of the whole row against the slots' keys and values; returns
+    [count, heads, value_dim]."""
     take = slice(*rows.span) if rows.span else rows.slots
     length = rows.mask.shape[-1]
     keys, values = keys[take, :, :length], values[take, :, :length]
+    query = query[rows.start : rows.start + rows.count]
     if rows.token_of_row is not None:
         query = query.index_select(0, rows.token_of_row)
+    heads, size, kv_heads, width = *query.shape[1:], keys.shape[1], rows.width
     # Query heads that share a key/value head become query positions: no key or value is ever repeated.
-    grouped = query.reshape(query.shape[0], keys.shape[1], -1, query.shape[-1])
-    group = grouped.shape[2]
-    if (missing := least_queries(query.shape[-1]) - group) > 0:
+    grouped = query.reshape(-1, width, kv_heads, heads // kv_heads, size).permute(0, 2, 3, 1, 4).flatten(2, 3)
+    queries, mask = grouped.shape[2], rows.mask
+    if width > 1:
+        mask = mask.repeat(1, 1, heads // kv_heads, 1)
+        missing = round_up(queries, QUERY_MULTIPLE) - queries
+        mask = pad(mask, (0, 0, 0, missing))
+    else:
+        missing = max(0, least_queries(size) - queries)
+    if missing:
         grouped = pad(grouped, (0, 0, 0, missing))
-    output = scaled_dot_product_attention(grouped, keys, values, attn_mask=rows.mask, scale=scaling)
-    output = output[:, :, :group].reshape(query.shape[0], query.shape[1], -1)
+    output = scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scaling)[:, :, :queries]
+    output = output.unflatten(2, (-1, width)).permute(0, 3, 1, 2, 4).reshape(-1, heads, values.shape[-1])
     return output if rows.row_of_token is None else output.index_select(0, rows.row_of_token)
 
 
@@ -196,9 +222,7 @@ def packed_attention(
         value = pad(value, (0, missing))
     if layout.cache is not None:
         key, value = layout.cache.update(key, value, module.layer_idx)
-    parts = []
-    if rows := layout.decode:
-        parts.append(attend_decode(rows, query[0, :, : rows.count].transpose(0, 1), key, value, scaling))
+    parts = [attend_decode(rows, query[0].transpose(0, 1), key, value, scaling) for rows in layout.decode]
     parts.extend(attend_segment(segment, query, key, value, scaling) for segment in layout.segments)
     if layout.padding:
         parts.append(query.new_zeros(layout.padding, query.shape[1], value.shape[-1]))

@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence as Sequences
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from megatron_pbsd.resharding.manifest import WeightsManifest, checksum
+from megatron_pbsd.rollout.drafting.verification import agreeing
 from megatron_pbsd.rollout.engines.embedded.attention import padded_keys
-from megatron_pbsd.rollout.engines.embedded.kv_cache import SlotCache, SlotTable
+from megatron_pbsd.rollout.engines.embedded.kv_cache import SlotCache
+from megatron_pbsd.rollout.engines.embedded.kv_pool import PoolPlace
+from megatron_pbsd.rollout.engines.embedded.kv_store import KVStore
 from megatron_pbsd.rollout.engines.embedded.model import PackedModel
 from megatron_pbsd.rollout.engines.embedded.sampling import sample, uniforms
 from megatron_pbsd.rollout.engines.embedded.sequence import Sequence
 from megatron_pbsd.rollout.engines.embedded.weights import checkpoint_views, copy_held, copy_published
 from megatron_pbsd.rollout.engines.protocol import Chunk, ChunkResult, EngineError, EngineStatistics
 from megatron_pbsd.trajectory import FinishReason
+
+if TYPE_CHECKING:  # which needs numba; an engine that does not speculate does not
+    from megatron_pbsd.rollout.engines.embedded.speculation import Speculation
 
 # Bound the activations of one forward pass; a single longer sequence still goes through whole.
 PREFILL_TOKENS_PER_STEP = 4096
@@ -28,7 +35,9 @@ class EmbeddedEngine:
 
     model_path: local Hugging Face folder. slots: chunks that run at once, and contexts whose KV is kept.
     max_context: most tokens of a trajectory, prompt and observations included. threads: torch threads of the process.
-    load_weights: False leaves the weights to the first publication.
+    load_weights: False leaves the weights to the first publication. kv_pool: where KV is parked that loses its slot or
+    may go to another engine; None parks nothing. speculation: drafts tokens, which changes nothing but the time it
+    takes; None does not.
     """
 
     def __init__(
@@ -42,9 +51,11 @@ class EmbeddedEngine:
         dtype: str = "float32",
         threads: int = 1,
         load_weights: bool = True,
+        kv_pool: PoolPlace | None = None,
+        speculation: Speculation | None = None,
     ) -> None:
         self.name = name
-        self._max_context = max_context
+        self._slots, self._max_context = slots, max_context
         torch.set_num_threads(threads)
         try:
             self._model = PackedModel(model_path, max_context, device, dtype, load_weights)
@@ -53,9 +64,10 @@ class EmbeddedEngine:
             self._model.warm_up(self._cache)
         except (OSError, ValueError, NotImplementedError) as error:
             raise EngineError(f"engine {name!r}: cannot load {model_path!r}: {error}") from error
-        self._table = SlotTable(slots)
         self._waiting: dict[str, Sequence] = {}
         self._running: dict[str, Sequence] = {}
+        self._kv = KVStore(self._cache, slots, kv_pool, name, self._running)
+        self._speculation = speculation
         self._ended: list[ChunkResult] = []
         self._version = 0
         self._generated = self._prefilled = self._cached = self._steps = 0
@@ -68,6 +80,9 @@ class EmbeddedEngine:
             arriving[chunk.request_id] = Sequence.of(chunk, self._max_context)
         if any(chunk.routed_from is not None for chunk in chunks):
             self._record_experts()
+        if self._speculation is not None:
+            for chunk in chunks:
+                self._speculation.learn(chunk)
         self._waiting.update(arriving)
 
     def _check(self, chunk: Chunk, arriving: dict[str, Sequence]) -> None:
@@ -91,14 +106,9 @@ class EmbeddedEngine:
         """From the first chunk that asks. What was read before that has no experts, and is read again."""
         try:
             if self._model.record_experts():
-                self._forget_kv()
+                self._kv.forget(self._version)
         except ValueError as error:
             raise EngineError(f"engine {self.name!r}: routed experts are not available: {error}") from error
-
-    def _forget_kv(self) -> None:
-        self._table.clear()
-        for sequence in self._running.values():
-            sequence.forget()
 
     def _fault_of(self, tokens: Sequences[int]) -> str | None:
         if not tokens:
@@ -118,40 +128,61 @@ class EmbeddedEngine:
 
     def _step(self) -> None:
         self._admit()
-        running = sorted(self._running.values(), key=lambda s: (len(s.tokens) - s.computed > 1, s.slot))
+        if self._speculation is not None:
+            self._speculation.propose(self._running.values())
+        running = sorted(self._running.values(), key=lambda s: (s.kind, s.slot))
         counts = [len(s.tokens) - s.computed for s in running]
         self._prefilled += sum(n for n, s in zip(counts, running) if n > 1 or not s.log_probs)
         logits = self._model.next_logits(running, self._cache)
-        keys = np.array([s.key for s in running], dtype=np.uint64)
-        positions = np.array([len(s.tokens) for s in running], dtype=np.uint64)
-        temperatures = np.array([s.chunk.temperature for s in running])
+        rows = [(s, i) for s in running for i in range(1 + len(s.draft))]
+        keys = np.array([s.key for s, _ in rows], dtype=np.uint64)
+        positions = np.array([len(s.tokens) + i for s, i in rows], dtype=np.uint64)
+        temperatures = np.array([s.chunk.temperature for s, _ in rows])
         try:
             tokens, log_probs = sample(logits, temperatures, uniforms(keys, positions))
         except FloatingPointError as error:
-            names = [running[row].request_id for row in error.args[0]]
+            names = list(dict.fromkeys(rows[row][0].request_id for row in error.args[0]))
             raise EngineError(f"engine {self.name!r}: logits are not finite for requests {names}") from error
-        for sequence, token, log_prob in zip(running, tokens, log_probs):
-            if reason := sequence.append(token, log_prob, self._version):
-                self._end(sequence, reason)
-        self._generated += len(running)
+        self._take(running, tokens, log_probs)
         self._steps += 1
 
+    def _take(self, running: list[Sequence], tokens: list[int], log_probs: list[float]) -> None:
+        """tokens, log_probs: sampled after each sequence and each token of its draft, end to end."""
+        drafted, kept, start = [len(s.draft) for s in running], [], 0
+        for sequence, count in zip(running, drafted):
+            end = start + 1 + count
+            kept.append(agreeing(sequence.draft, tokens[start:end]))
+            self._append(sequence, tokens[start : start + kept[-1] + 1], log_probs[start:end])
+            start = end
+        if self._speculation is not None:
+            self._speculation.verified(drafted, kept)
+
+    def _append(self, sequence: Sequence, tokens: list[int], log_probs: list[float]) -> None:
+        sequence.draft = ()
+        for token, log_prob in zip(tokens, log_probs):
+            self._generated += 1
+            if reason := sequence.append(token, log_prob, self._version):
+                return self._end(sequence, reason)
+
     def _admit(self) -> None:
-        """Start waiting chunks in order of arrival, as far as slots and the prefill bound allow."""
+        """Start waiting chunks in order of arrival, as far as slots and the prefill bound allow. Those whose prompt a
+        sibling is about to compute are left for the next step."""
         prefill = sum(len(s.tokens) - s.computed for s in self._running.values())
-        while self._waiting and prefill < PREFILL_TOKENS_PER_STEP:
-            request_id, sequence = next(iter(self._waiting.items()))
-            place = self._table.acquire(request_id, sequence.tokens, self._waiting)
-            if place is None:
+        for request_id, sequence in list(self._waiting.items()):
+            if prefill >= PREFILL_TOKENS_PER_STEP or self._kv.all_slots_run:
                 return
-            sequence.admit(*place)
+            if self._kv.should_wait(sequence):
+                continue
+            self._kv.admit(sequence, self._waiting)
             self._cached += sequence.computed
             prefill += len(sequence.tokens) - sequence.computed
             self._running[request_id] = self._waiting.pop(request_id)
 
     def _end(self, sequence: Sequence, reason: FinishReason) -> None:
         del self._running[sequence.request_id]
-        self._table.retire(sequence.request_id, sequence.slot, sequence.tokens[: sequence.computed])
+        self._kv.retire(sequence)
+        if self._speculation is not None:
+            self._speculation.remember(sequence)
         experts = self._cache.experts_of(sequence.slot, sequence.routed) if sequence.routed else None
         self._ended.append(sequence.result(reason, experts))
 
@@ -164,7 +195,11 @@ class EmbeddedEngine:
 
     def release(self, request_ids: Sequences[str]) -> None:
         for request_id in request_ids:
-            self._table.release(request_id)
+            self._kv.release(request_id)
+
+    def hand_over(self, request_ids: Sequences[str]) -> None:
+        for request_id in request_ids:
+            self._kv.hand_over(request_id)
 
     def update_weights(self, manifest: WeightsManifest, version: int) -> None:
         """Chunks that run continue under the new weights; their context is prefilled again."""
@@ -175,7 +210,7 @@ class EmbeddedEngine:
         except ValueError as error:
             raise EngineError(f"engine {self.name!r}: weights version {version}: {error}") from error
         self._version = version
-        self._forget_kv()
+        self._kv.forget(version)
 
     def write_weights(self, manifest: WeightsManifest) -> None:
         try:
@@ -215,14 +250,20 @@ class EmbeddedEngine:
         return scores
 
     def statistics(self) -> EngineStatistics:
+        speculation = self._speculation
         return EngineStatistics(
             version=self._version,
             running=len(self._running),
             waiting=len(self._waiting),
-            cached_requests=len(self._table),
+            cached_requests=len(self._kv),
             generated_tokens=self._generated,
             prefilled_tokens=self._prefilled,
             cached_tokens=self._cached,
             decode_steps=self._steps,
             busy_seconds=self._busy_seconds,
+            kv_tokens=self._slots * self._max_context,
+            kv=self._kv.counters(),
+            drafts=speculation.drafts if speculation else 0,
+            drafted_tokens=speculation.drafted if speculation else 0,
+            accepted_tokens=speculation.accepted if speculation else 0,
         )

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterator
 
 import numpy as np
 import torch
 
 
 class SlotTable:
-    """Which request owns which slot. A slot is free, held by a running request, or keeps the KV of an ended one."""
+    """Which request owns which slot. A slot is free, held by a running request, or keeps the KV of an ended one.
 
-    def __init__(self, slots: int) -> None:
+    evicting: called with a request, its slot and the tokens whose KV is there before another request gets it.
+    """
+
+    def __init__(self, slots: int, evicting: Callable[[str, int, list[int]], None] = lambda *evicted: None) -> None:
         self._free = list(range(slots))
+        self._evicting = evicting
         # Insertion order is the order of retirement: the first entry is the least recently used.
         self._kept: dict[str, tuple[int, list[int]]] = {}
 
     def __len__(self) -> int:
         """Number of ended requests whose KV is kept."""
         return len(self._kept)
+
+    @property
+    def all_run(self) -> bool:
+        return not self._free and not self._kept
 
     def acquire(self, request_id: str, tokens: list[int], wanted: Collection[str]) -> tuple[int, int] | None:
         """A slot for a request, and how many of its tokens have their KV in it; None when all slots run.
@@ -36,7 +44,13 @@ class SlotTable:
         if not self._kept:
             return None
         victim = next((name for name in self._kept if name not in wanted), next(iter(self._kept)))
-        return self._kept.pop(victim)[0], 0
+        slot, computed = self._kept.pop(victim)
+        self._evicting(victim, slot, computed)
+        return slot, 0
+
+    def kept(self, request_id: str) -> tuple[int, list[int]] | None:
+        """Slot of an ended request, and the tokens whose KV is in it."""
+        return self._kept.get(request_id)
 
     def retire(self, request_id: str, slot: int, computed: list[int]) -> None:
         """Keep the slot of a request that has ended, or was aborted, with the KV of `computed` tokens in it."""
@@ -53,10 +67,15 @@ class SlotTable:
 
 
 def common_prefix(a: list[int], b: list[int]) -> int:
-    n = min(len(a), len(b))
-    if a[:n] == b[:n]:
-        return n
-    return next(i for i in range(n) if a[i] != b[i])
+    same, most = 0, min(len(a), len(b))
+    while same < most:
+        # Slices are compared by compiled code.
+        middle = (same + most + 1) // 2
+        if a[same:middle] == b[same:middle]:
+            same = middle
+        else:
+            most = middle - 1
+    return same
 
 
 class SlotCache:
@@ -100,6 +119,39 @@ class SlotCache:
     def experts_of(self, slot: int, tokens: slice) -> np.ndarray | None:
         """int16 [n, MoE layers, top-k], a copy; None if none are kept."""
         return None if self.experts is None else self.experts[slot, tokens].to("cpu", copy=True).numpy()
+
+    @property
+    def row_bytes(self) -> int:
+        """What `rows` holds of one token."""
+        return sum(part[0].numel() * part.element_size() for part in self._parts(self.scratch, 0, 1))
+
+    def _parts(self, slot: int, start: int, end: int) -> Iterator[torch.Tensor]:
+        """Views [end - start, …] of all that is kept of these tokens."""
+        for keys, values in zip(self.keys, self.values):
+            yield keys[slot, :, start:end].transpose(0, 1)
+            yield values[slot, :, start:end].transpose(0, 1)
+        if self.experts is not None:
+            yield self.experts[slot, start:end]
+
+    def rows(self, slot: int, start: int, end: int) -> np.ndarray:
+        """uint8 [end - start, row_bytes]: all that is kept of these tokens, a copy."""
+        flat = [part.reshape(end - start, -1).contiguous().view(torch.uint8) for part in self._parts(slot, start, end)]
+        return torch.cat(flat, dim=1).cpu().numpy()
+
+    def restore(self, slot: int, start: int, rows: np.ndarray) -> None:
+        """The reverse of `rows`."""
+        # A copy is aligned, whatever the rows were cut from.
+        flat = torch.from_numpy(np.ascontiguousarray(rows))
+        offset = 0
+        for part in self._parts(slot, start, start + len(rows)):
+            nbytes = part[0].numel() * part.element_size()
+            part.copy_(flat[:, offset : offset + nbytes].contiguous().view(part.dtype).view(part.shape))
+            offset += nbytes
+
+    def copy(self, source: int, target: int, count: int) -> None:
+        """The first `count` tokens of one slot into another."""
+        for theirs, ours in zip(self._parts(source, 0, count), self._parts(target, 0, count)):
+            ours.copy_(theirs)
 
     def wipe(self) -> None:
         """Zero every slot: a NaN left by bad weights would pass through the attention mask."""

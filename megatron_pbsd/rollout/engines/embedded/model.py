@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Sequences
+from itertools import groupby
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
@@ -15,7 +16,7 @@ from megatron_pbsd.rollout.engines.embedded.attention import (
 )
 from megatron_pbsd.rollout.engines.embedded.kv_cache import SlotCache
 from megatron_pbsd.rollout.engines.embedded.routing import ExpertChoices
-from megatron_pbsd.rollout.engines.embedded.sequence import Sequence
+from megatron_pbsd.rollout.engines.embedded.sequence import Kind, Sequence
 from megatron_pbsd.rollout.engines.protocol import Chunk
 
 # Matrix products of fewer rows go through other CPU kernels, whose results differ in the last bit.
@@ -86,37 +87,43 @@ class PackedModel:
             self.next_logits([probe], cache)
 
     def next_logits(self, sequences: Sequences[Sequence], cache: SlotCache) -> torch.Tensor:
-        """Compute every token that is not in the cache yet; logits [B, V] after the last token of each sequence.
+        """Compute every token that is not in the cache yet, drafts too; logits [B + drafted tokens, V] after the last
+        token of each sequence, and after each token of its draft.
 
-        sequences: those with one token to compute come first, in the order of their slots.
+        sequences: in the order of `Sequence.kind`, and of their slots.
         """
-        counts = [len(s.tokens) - s.computed for s in sequences]
-        single = counts.count(1)
-        rows = None
-        if single:
-            decoding = sequences[:single]
-            rows = decode_rows([s.slot for s in decoding], [len(s.tokens) for s in decoding], self._like)
-        segments, ends, end = [], list(range(1, single + 1)), single
-        for sequence, count in zip(sequences[single:], counts[single:]):
-            segments.extend(split_segment(end, count, sequence.slot, sequence.computed, self._like))
-            end += count
-            ends.append(end)
+        unread = [s.unread for s in sequences]
+        counts = [len(tokens) for tokens in unread]
+        rows, segments, ends, end = [], [], [], 0
+        for kind, members in groupby(zip(sequences, counts), lambda member: member[0].kind):
+            if kind is not Kind.READS:
+                few, new = zip(*members)
+                lengths = [s.computed + n for s, n in zip(few, new)]
+                rows.append(decode_rows(end, [s.slot for s in few], lengths, new, self._like))
+                ends.extend(range(end + 1, end + sum(new) + 1))
+                end += sum(new)
+                continue
+            for sequence, count in members:
+                segments.extend(split_segment(end, count, sequence.slot, sequence.computed, self._like))
+                end += count
+                ends.append(end)
         padding = max(end, MINIMUM_ROWS, *(segment.reach for segment in segments)) - end
-        positions = self._tensor([p for s in sequences for p in range(s.computed, len(s.tokens))] + [0] * padding)
+        positions = self._tensor(
+            [p for s, count in zip(sequences, counts) for p in range(s.computed, s.computed + count)] + [0] * padding)
         slots = [s.slot for s, count in zip(sequences, counts) for _ in range(count)]
         cache.place(self._tensor(slots + [cache.scratch] * padding), positions)
         # Keeping rows by index is a copy that a step of nothing but decoding does without.
         keep = self._tensor([e - 1 for e in ends] + [0] * (MINIMUM_ROWS - len(ends))) if segments or padding else 0
         logits = self.module(
-            input_ids=self._tensor([t for s in sequences for t in s.tokens[s.computed :]] + [0] * padding)[None],
+            input_ids=self._tensor([t for tokens in unread for t in tokens] + [0] * padding)[None],
             position_ids=positions[None],
             use_cache=False,
             logits_to_keep=keep,
-            layout=PackedLayout(rows, tuple(segments), padding, cache),
+            layout=PackedLayout(tuple(rows), tuple(segments), padding, cache),
         ).logits
         if self._choices:
             cache.keep_experts(self._choices.latest())
-        return logits[0, : len(sequences)]
+        return logits[0, : len(ends)]
 
     def all_logits(self, sequences: Sequences[Sequences[int]]) -> torch.Tensor:
         """Logits [sum of lengths, V] of whole sequences, end to end; no cache is read or written."""
@@ -130,7 +137,7 @@ class PackedModel:
             input_ids=self._tensor([t for tokens in sequences for t in tokens] + [0] * padding)[None],
             position_ids=self._tensor(positions + [0] * padding)[None],
             use_cache=False,
-            layout=PackedLayout(None, tuple(segments), padding),
+            layout=PackedLayout((), tuple(segments), padding),
         ).logits
         return logits[0, :end]
 

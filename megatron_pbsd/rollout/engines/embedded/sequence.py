@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from enum import IntEnum
 
 import numpy as np
 
@@ -11,12 +12,20 @@ from megatron_pbsd.rollout.engines.protocol import Chunk, ChunkResult
 from megatron_pbsd.trajectory import FinishReason, VersionSpan
 
 
+class Kind(IntEnum):
+    """What a sequence does in a step."""
+
+    DECODES = 0
+    VERIFIES = 1
+    READS = 2
+
+
 @dataclass(eq=False)
 class Sequence:
     """tokens: context and what was generated. computed: how many of them have their KV in `slot`.
 
     limit: length of `tokens` at which the chunk ends for want of room. cached: tokens whose KV was found at admission.
-    read_from: the first token that was read by this chunk itself.
+    read_from: the first token that was read by this chunk itself. draft: what the next step is to verify.
     """
 
     chunk: Chunk
@@ -28,6 +37,7 @@ class Sequence:
     computed: int = 0
     cached: int = 0
     read_from: int = 0
+    draft: tuple[int, ...] = ()
     log_probs: list[float] = field(default_factory=list)
     version_starts: list[tuple[int, int]] = field(default_factory=list)
 
@@ -40,6 +50,18 @@ class Sequence:
     @property
     def request_id(self) -> str:
         return self.chunk.request_id
+
+    @property
+    def kind(self) -> Kind:
+        """A sequence that reads more than its last token has no draft."""
+        if len(self.tokens) - self.computed > 1:
+            return Kind.READS
+        return Kind.VERIFIES if self.draft else Kind.DECODES
+
+    @property
+    def unread(self) -> list[int]:
+        """What the next step reads: tokens without KV, at least one, and the draft after them."""
+        return [*self.tokens[self.computed :], *self.draft]
 
     def admit(self, slot: int, cached: int) -> None:
         """The chunk runs from now on, in `slot`, where `cached` tokens have their KV."""

@@ -1,0 +1,170 @@
+"""The engines during one rollout: a scheduler, and the calls that are outstanding.
+
+Each engine has at most one `pump` call outstanding: what it is to forget, what it is to start, and the wait for its
+next finished chunks, in one round trip.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from megatron_pbsd.config import RolloutConfig
+from megatron_pbsd.controller.failures import ComponentDied, DeadlineExpired
+from megatron_pbsd.controller.runtime import Client, Future
+from megatron_pbsd.rollout.activity import Activity
+from megatron_pbsd.rollout.drafting.exchange import Exchange
+from megatron_pbsd.rollout.engine_set import EngineSet
+from megatron_pbsd.rollout.engines.protocol import ChunkResult, EngineStatistics
+from megatron_pbsd.rollout.episode import Episode
+from megatron_pbsd.rollout.errors import RolloutError
+from megatron_pbsd.rollout.scheduler import Assignment, Policy, Scheduler
+
+PULL_ABOVE = 32
+"""Contexts of more tokens have their KV moved: through shared memory that costs less than to compute them again."""
+
+
+class Dispatcher:
+    """statistics: of each engine, as the rollout begins."""
+
+    def __init__(self, engines: EngineSet, client: Client, config: RolloutConfig, policy: Policy,
+                 statistics: Mapping[str, EngineStatistics]):
+        self._engines, self._client, self._config = engines, client, config
+        self._scheduler = Scheduler(policy, PULL_ABOVE)
+        self._episodes: dict[str, Episode] = {}
+        self._work: dict[str, _Work] = {}
+        self._outstanding: dict[str, _Call] = {}
+        self._ran_at: dict[str, str] = {}
+        self._read: dict[str, int] = {}
+        self._exchange = Exchange() if config.speculation.enabled else None
+        self.activity = Activity()
+        self.moves = self.recomputed_tokens = 0
+        self._kv_tokens = max((s.kv_tokens for s in statistics.values()), default=0)
+        for name in engines.handles:
+            self._joined(name)
+
+    def _joined(self, name: str) -> None:
+        # Engines of a run are alike.
+        self._work[name] = _Work()
+        self._scheduler.engine_joined(name, self._config.slots, self._kv_tokens or None)
+
+    def submit(self, episode: Episode) -> None:
+        self._episodes[episode.request_id] = episode
+        self._scheduler.submitted(episode.request_id, episode.group_id, episode.context_tokens, episode.room)
+
+    def finish(self, episode: Episode) -> None:
+        holder = self._scheduler.request_finished(episode.request_id)
+        if holder is not None:
+            self._work[holder].releases.append(episode.request_id)
+        del self._episodes[episode.request_id]
+        self.activity.ended()
+
+    def next_results(self) -> list[ChunkResult]:
+        """Give the engines their work, and wait until one of them returns finished chunks, or is found dead: then
+        there are none."""
+        self._change_engines()
+        for assignment in self._scheduler.decisions():
+            self._assign(assignment)
+        for name in self._engines.handles:
+            if name not in self._outstanding and self._scheduler.in_flight(name):
+                self._pump(name)
+        name = self._first_done()
+        call = self._outstanding.pop(name)
+        try:
+            results = self._client.result(call.future)
+        except ComponentDied as death:
+            self._lost(death)
+            return []
+        self.activity.worked(name, call.start_ns, len(results))
+        for result in results:
+            self._finished(name, result)
+        return results
+
+    def _change_engines(self) -> None:
+        for handle in self._engines.arrivals():
+            self._joined(handle.name)
+        for name in self._engines.departures():
+            self._work[name].leaving = True
+            self._scheduler.engine_leaving(name)
+        for name in [name for name, work in self._work.items() if work.leaving]:
+            if not self._scheduler.in_flight(name):
+                del self._work[name]
+                self._engines.left(name)
+        if not self._work:
+            raise RolloutError(f"no engine is left for {len(self._episodes)} unfinished trajectories")
+
+    def _assign(self, assignment: Assignment) -> None:
+        request_id, last = assignment.request_id, self._ran_at.get(assignment.request_id)
+        source = None
+        if last is not None and last != assignment.engine:
+            self.moves += 1
+            if assignment.leaves is None or assignment.pull_tokens:
+                source = last
+        if assignment.leaves is not None:
+            left = self._work[assignment.leaves]
+            (left.releases if source is None else left.hand_overs).append(request_id)
+        self._work[assignment.engine].starts.append((request_id, assignment.max_tokens, source))
+
+    def _pump(self, name: str) -> None:
+        work = self._work[name]
+        chunks = [self._episodes[request_id].next_chunk(tokens, source) for request_id, tokens, source in work.starts]
+        if self._exchange is not None:
+            chunks = [self._exchange.sent(name, chunk) for chunk in chunks]
+        start_ns = time.time_ns()
+        future = self._engines.handles[name].call("pump", chunks, work.releases, work.hand_overs)
+        self._outstanding[name] = _Call(future, time.monotonic(), start_ns)
+        self._work[name] = _Work(leaving=work.leaving)
+
+    def _finished(self, name: str, result: ChunkResult) -> None:
+        request_id = result.request_id
+        self._scheduler.chunk_finished(request_id, len(result.tokens))
+        if self._exchange is not None:
+            self._exchange.returned(name, request_id, result.tokens)
+        self.recomputed_tokens += max(0, self._read.get(request_id, 0) - result.cached_tokens)
+        self._read[request_id] = self._episodes[request_id].context_tokens + len(result.tokens) - 1
+        self._ran_at[request_id] = name
+
+    def _lost(self, death: ComponentDied) -> None:
+        """Its chunks wait again; what it had parked of finished ones may still be fetched."""
+        self._engines.died(death)
+        del self._work[death.name]
+        self._outstanding.pop(death.name, None)
+        self._scheduler.engine_lost(death.name)
+        if self._exchange is not None:
+            self._exchange.lost(death.name)
+
+    def _first_done(self) -> str:
+        deadline_s = self._config.deadline_s
+        oldest = min(call.since for call in self._outstanding.values())
+        calls = [call.future for call in self._outstanding.values()]
+        done, _ = self._client.wait(calls, 1, max(0.0, oldest + deadline_s - time.monotonic()))
+        if done:
+            return next(name for name, call in self._outstanding.items() if call.future is done[0])
+        limit = max(oldest, time.monotonic() - deadline_s)
+        late = [call.future for call in self._outstanding.values() if call.since <= limit]
+        raise DeadlineExpired("rollout", deadline_s, [call.name for call in late], self._client.stacks(late))
+
+    def release(self) -> None:
+        """Let the engines forget what is over."""
+        self._engines.ask("release", {name: (work.releases + work.hand_overs,) for name, work in self._work.items()})
+
+
+@dataclass
+class _Work:
+    """What an engine's next call will tell it. starts: request, most tokens of the chunk, where its KV is parked.
+    leaving: there will be no more."""
+
+    starts: list[tuple[str, int | None, str | None]] = field(default_factory=list)
+    releases: list[str] = field(default_factory=list)
+    hand_overs: list[str] = field(default_factory=list)
+    leaving: bool = False
+
+
+@dataclass(frozen=True)
+class _Call:
+    """since: time.monotonic. start_ns: time.time_ns."""
+
+    future: Future
+    since: float
+    start_ns: int

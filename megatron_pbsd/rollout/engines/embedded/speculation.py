@@ -1,0 +1,94 @@
+"""Grouped speculative decoding in the embedded engine: who is drafted for, and what becomes of the drafts."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Sequence as Sequences
+
+from megatron_pbsd.rollout.drafting.draft_lengths import DraftLengths
+from megatron_pbsd.rollout.drafting.groups import DraftGroups
+from megatron_pbsd.rollout.drafting.suffix_automaton import warm_up
+from megatron_pbsd.rollout.engines.embedded.sequence import Sequence
+from megatron_pbsd.rollout.engines.protocol import Chunk, SiblingTokens
+
+LEAST_CHANCE = 0.1
+"""A draft ends where its tokens have followed its suffix less often than this, of all times that anything did."""
+
+MOST_GROUPS = 1024
+"""Groups of which news is kept until there is a draft."""
+
+
+class Speculation:
+    """longest: of a draft. always: draft whatever it costs; for tests and measurements."""
+
+    def __init__(self, longest: int, always: bool = False):
+        # Not when the first draft is made, whose cost is measured.
+        warm_up()
+        self._groups, self._lengths, self._always = DraftGroups(), DraftLengths(longest), always
+        self._news: dict[str, list[SiblingTokens]] = {}
+        # Processor time: of other processes' work on the same cores a step says nothing.
+        self._began = self._own = 0.0
+        self._reads: list[int] = []
+        self.drafts = self.drafted = self.accepted = 0
+
+    def learn(self, chunk: Chunk) -> None:
+        """What siblings have read and generated elsewhere."""
+        for sibling in chunk.siblings:
+            self._note(_group(chunk), sibling)
+
+    def remember(self, sequence: Sequence) -> None:
+        """What a sequence whose chunk has ended has read and generated."""
+        self._note(_group(sequence.chunk), SiblingTokens(sequence.request_id, 0, sequence.tokens))
+
+    def _note(self, group: str, news: SiblingTokens) -> None:
+        """Drafts need it, and nothing else: as long as there are none, it costs nothing."""
+        self._news.setdefault(group, []).append(news)
+        if len(self._news) > MOST_GROUPS:
+            del self._news[next(iter(self._news))]
+
+    def _take_in(self, group: str) -> None:
+        self._groups.register(group)
+        for news in self._news.pop(group, ()):
+            known = self._groups.known(group, news.request_id)
+            if news.start <= known:
+                self._groups.update(group, news.request_id, known, news.tokens[known - news.start :])
+
+    def propose(self, running: Collection[Sequence]) -> None:
+        """Set the drafts that the next step is to verify. It begins now."""
+        self._began = time.process_time()
+        decoding = [s for s in running if len(s.tokens) - s.computed == 1]
+        reads = [n for s in running if (n := len(s.tokens) - s.computed) > 1]
+        self._reads = reads
+        if not decoding or not (self._always or self._lengths.worthwhile(len(running), reads)):
+            return
+        drafts = [self._draft(s) for s in decoding]
+        lengths = [len(draft) for draft in drafts]
+        self._lengths.available(len(running), lengths)
+        if not self._always:
+            lengths = self._lengths.choose(lengths, [False] * len(drafts), len(running), reads)
+        for sequence, draft, length in zip(decoding, drafts, lengths):
+            sequence.draft = draft[:length]
+
+    def _draft(self, sequence: Sequence) -> tuple[int, ...]:
+        """The last token that the chunk has room for is the bonus."""
+        longest = min(self._lengths.longest, sequence.limit - len(sequence.tokens) - 1)
+        if longest < 1:
+            return ()
+        group, request_id = _group(sequence.chunk), sequence.request_id
+        self._take_in(group)
+        known = self._groups.known(group, request_id)
+        self._groups.update(group, request_id, known, sequence.tokens[known:])
+        return self._groups.draft(group, request_id, longest, LEAST_CHANCE).tokens
+
+    def verified(self, drafted: Sequences[int], kept: Sequences[int]) -> None:
+        """The step is over. Per sequence: tokens of its draft, and how many of them were kept."""
+        ended = time.process_time()
+        self._lengths.observe(len(drafted), self._reads, drafted, kept, ended - self._began + self._own)
+        self._own = time.process_time() - ended
+        self.drafts += sum(n > 0 for n in drafted)
+        self.drafted += sum(drafted)
+        self.accepted += sum(kept)
+
+
+def _group(chunk: Chunk) -> str:
+    return chunk.group_id or chunk.request_id

@@ -1,0 +1,185 @@
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings, strategies as st
+
+from megatron_pbsd.rollout.drafting.draft_lengths import DraftLengths
+from megatron_pbsd.rollout.drafting.step_cost import DecayedLeastSquares, StepCost
+
+
+@dataclass
+class Engine:
+    """An engine that costs and accepts what it is told to, and how much a rule makes of it."""
+
+    step: float
+    per_sequence: float
+    per_draft: float
+    per_token: float
+    acceptance: float
+    noise: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        self.random = random.Random(self.seed)
+        self.seconds = self.plain_seconds = 0.0
+        self.tokens = self.drafted_steps = 0
+
+    def plain(self, sequences: int) -> float:
+        return self.step + self.per_sequence * sequences
+
+    def run(self, rule: DraftLengths, sequences: int) -> None:
+        drafted = [0] * sequences
+        if rule.worthwhile(sequences, ()):
+            rule.available(sequences, [8] * sequences)
+            drafted = rule.choose([8] * sequences, [False] * sequences, sequences, ())
+        kept = [self._kept(n) for n in drafted]
+        made = self.plain(sequences) + self.per_draft * sum(n > 0 for n in drafted) + self.per_token * sum(drafted)
+        luck = 1 + self.noise * self.random.uniform(-1, 1)
+        made *= luck
+        rule.observe(sequences, (), drafted, kept, made)
+        self.seconds += made
+        self.tokens += sequences + sum(kept)
+        self.plain_seconds += luck * self.plain(sequences) / sequences * (sequences + sum(kept))
+        self.drafted_steps += any(drafted)
+
+    def _kept(self, drafted: int) -> int:
+        return next((i for i in range(drafted) if self.random.random() >= self.acceptance), drafted)
+
+    def best_speed(self, sequences: int) -> float:
+        """Of all lengths, over no drafts."""
+        speeds = [1.0]
+        for n in range(1, 9):
+            yielded = sum(self.acceptance ** i for i in range(n + 1))
+            extra = sequences * (self.per_draft + self.per_token * n)
+            speeds.append(yielded * self.plain(sequences) / (self.plain(sequences) + extra))
+        return max(speeds)
+
+
+costs = st.builds(
+    Engine, step=st.floats(1e-4, 1.0), per_sequence=st.floats(1e-5, 0.1), per_draft=st.floats(0, 0.3),
+    per_token=st.floats(0, 0.3), acceptance=st.floats(0, 1), noise=st.sampled_from([0.0, 0.1, 0.3]),
+    seed=st.integers(0, 99))
+
+
+@settings(max_examples=25)
+@given(costs, st.integers(1, 40))
+@example(Engine(1.0, 0.0625, 0.0, 0.09375, acceptance=1.0, noise=0.3), 38)
+def test_never_slower_by_more_than_two_percent(engine, sequences):
+    rule = DraftLengths()
+    for _ in range(800):
+        engine.run(rule, sequences)
+    # And the first step with drafts, whose loss nobody could foresee.
+    worst = (1 + engine.noise) * (engine.plain(sequences) + sequences * (engine.per_draft + engine.per_token))
+    assert engine.seconds <= 1.02 * engine.plain_seconds + worst
+
+
+@settings(max_examples=20)
+@given(costs, st.integers(1, 40))
+@example(Engine(1.0, 0.1, 0.226, 0.0, acceptance=0.75, noise=0.3, seed=4), 23)
+def test_most_of_what_can_be_won_is_won(engine, sequences):
+    engine.noise, rule = min(engine.noise, 0.1), DraftLengths()
+    for _ in range(800):
+        engine.run(rule, sequences)
+    engine.seconds = engine.plain_seconds = 0.0
+    for _ in range(200):
+        engine.run(rule, sequences)
+    won, best = engine.plain_seconds / engine.seconds, engine.best_speed(sequences)
+    # What pays little does not count as paying: see WORTH.
+    assert won >= 1 + 0.8 * (best - 1) - 0.2
+
+
+def test_drafts_that_stop_paying_stop_and_begin_again():
+    """What was accepted is rejected from some step on, as when a batch fills or the policy changes."""
+    engine, rule = Engine(1.0, 0.001, 0.0, 0.01, acceptance=0.8), DraftLengths()
+    drafted = []
+    for acceptance in (0.8, 0.0, 0.8):
+        engine.acceptance = acceptance
+        for _ in range(800):
+            engine.run(rule, 16)
+        engine.drafted_steps = 0
+        for _ in range(300):
+            engine.run(rule, 16)
+        drafted.append(engine.drafted_steps)
+    assert drafted[0] > 270 and drafted[1] < 30 and drafted[2] > 270
+
+
+def test_a_pause_of_the_machine_does_not_end_drafts_that_pay():
+    engine, rule = Engine(1.0, 0.001, 0.0, 0.01, acceptance=0.8), DraftLengths()
+    for _ in range(600):
+        engine.run(rule, 16)
+    engine.step, engine.drafted_steps = 500.0, 0
+    engine.run(rule, 16)
+    engine.step = 1.0
+    for _ in range(50):
+        engine.run(rule, 16)
+    assert engine.drafted_steps > 40
+
+
+def known(chances, per_token, sequences=10):
+    """A rule that has learned these conditional chances and costs."""
+    rule = DraftLengths(len(chances))
+    for _ in range(400):
+        rule.cost.observe(sequences, (), 0, 0, 1.0)
+    for n in (1, 2, 3, 4) * 20:
+        rule.cost.observe(sequences, (), sequences, sequences * n, 1.0 + per_token * sequences * n)
+    rule._tried[:], rule._kept[:] = 1e9, 1e9 * np.array(chances)
+    return rule
+
+
+def test_drafts_are_as_long_as_a_further_token_pays():
+    # Of ten sequences 10, 19, 22.5 or 22.85 tokens are made in 1, 1.2, 1.4 or 1.6 seconds.
+    assert known([0.9, 0.35 / 0.9, 0.1], 0.02).choose([3] * 10, [False] * 10, 10, ()) == [2] * 10
+    assert known([0.9, 0.25 / 0.9, 0.1], 0.02).choose([3] * 10, [False] * 10, 10, ()) == [1] * 10
+    assert known([0.9, 0.25 / 0.9, 0.1], 1e-5).choose([3] * 10, [False] * 10, 10, ()) == [3] * 10
+    # And drafts that end earlier are not lengthened.
+    assert known([0.9, 0.9, 0.9], 1e-5).choose([3, 0, 1, 2], [False] * 4, 10, ()) == [3, 0, 1, 2]
+
+
+def test_probes_get_longer_drafts_than_the_rest():
+    rule = known([0.8, 0.7, 0.7, 0.7], 0.021)
+    even = rule.choose([4] * 10, [False] * 10, 10, ())
+    lengths = rule.choose([4] * 10, [True] * 2 + [False] * 8, 10, ())
+    assert len(set(even)) == 1 and sum(even) <= sum(lengths) <= sum(even) + 8
+    assert lengths[0] == lengths[1] > lengths[2] and len(set(lengths[2:])) == 1
+
+
+@given(st.lists(st.tuples(st.integers(0, 9), st.booleans()), min_size=1, max_size=40), st.floats(0, 0.2))
+def test_choices_are_within_what_there_is(drafts, per_token):
+    rule = known([0.7] * 8, per_token)
+    available, probes = [n for n, _ in drafts], [probe for _, probe in drafts]
+    lengths = rule.choose(available, probes, 10, ())
+    assert all(0 <= chosen <= min(n, 8) for chosen, n in zip(lengths, available, strict=True))
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.02])
+def test_costs_are_learned(noise):
+    rng, cost = np.random.default_rng(0), StepCost()
+    for step in range(600):
+        sequences, reads = rng.integers(1, 60), rng.integers(2, 100, rng.integers(0, 4)).tolist()
+        attempts = sequences * (step % 2)
+        drafted = attempts * rng.integers(0, 9)
+        seconds = 0.01 + 0.0005 * sequences + 0.001 * len(reads) + 0.0001 * sum(reads)
+        seconds += 0.0002 * attempts + 0.00004 * drafted
+        cost.observe(sequences, reads, attempts, drafted, seconds * (1 + noise * rng.standard_normal()))
+    assert cost.plain(30, [40, 60]) == pytest.approx(0.037, rel=0.01 + noise)
+    assert cost.extra(20, 100) == pytest.approx(0.008, rel=0.02 + 5 * noise)
+
+
+def test_one_slow_step_is_no_new_cost():
+    cost = StepCost()
+    for _ in range(100):
+        cost.observe(8, (), 0, 0, 0.01)
+    assert cost.counted(8, (), 0, 0, 0.012) == 0.012
+    cost.observe(8, (), 0, 0, cost.counted(8, (), 0, 0, 5.0))
+    assert cost.plain(8, ()) < 0.011
+
+
+def test_what_was_long_ago_is_forgotten():
+    fit = DecayedLeastSquares(1, 20)
+    for value in [1.0] * 200 + [3.0] * 100:
+        fit.observe([1.0], value)
+    assert fit.predict([1.0]) == pytest.approx(3.0, rel=0.02)
