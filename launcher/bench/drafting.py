@@ -55,7 +55,7 @@ def run(overrides: Sequence[str] = ()) -> dict[str, Any]:
         missing = str(error)
     timed = {name: measure(make, groups) for name, make in drafters.items()}
     ours, arctic = timed["ours"], timed.get("arctic")
-    real = [trace_group(group.trajectories) for group in trajectories(overrides)]
+    real = real_traces(overrides)
     return {
         **{name: ours[name] for name in ("us_per_draft", "us_per_token", "us_per_token_alone")},
         "over_arctic": arctic and {name: ours[name] / arctic[name]
@@ -65,9 +65,7 @@ def run(overrides: Sequence[str] = ()) -> dict[str, Any]:
         "megabytes_per_million_tokens": megabytes(groups),
         "trajectories": sum(map(len, real)),
         "generated_tokens": fmean(sum(e - s for s, e in trace.generated) for group in real for trace in group),
-        "acceptance_by_siblings": {
-            str(n): {("linear" if k == 1 else f"k={k}"): mean_acceptance(real, n, k) for k in WIDTHS}
-            for n in REFERENCES},
+        "acceptance_by_siblings": acceptance_by_siblings(real),
         "acceptance_arctic": arctic and {str(n): arctic_acceptance(drafters["arctic"], real, n) for n in REFERENCES},
     }
 
@@ -168,8 +166,8 @@ def megabytes(groups: list[list[np.ndarray]]) -> float:
     return total / (GROUPS * SIBLINGS * TOKENS)
 
 
-def trajectories(overrides: Sequence[str]) -> list[Any]:
-    """Groups of 16 for some prompts of the quickstart, from its shipped policy unless overridden."""
+def real_traces(overrides: Sequence[str] = ()) -> list[list[Trace]]:
+    """Of groups of 16 for some prompts of the quickstart, from its shipped policy unless overridden."""
     config = load_config(CONFIG, ["--rollout.group_size", str(max(REFERENCES) + 1), *overrides])
     runtime, rollout = InlineRuntime(), config.rollout
     engine = runtime.spawn("engine-0", EngineHost, build_engine, name="engine-0", model_path=config.model.path,
@@ -178,7 +176,8 @@ def trajectories(overrides: Sequence[str]) -> list[Any]:
     coordinator = Coordinator([engine], environment, rollout, runtime.client)
     tasks = tasks_between(environment.tasks(config.environment.train_split), config.seed, 0, PROMPTS)
     requests = [RolloutRequest(str(i), task, rollout.group_size, task.answers[0]) for i, task in enumerate(tasks)]
-    return coordinator.collect(requests, step=1, seed=config.seed, temperature=rollout.temperature)
+    groups = coordinator.collect(requests, step=1, seed=config.seed, temperature=rollout.temperature)
+    return [trace_group(group.trajectories) for group in groups]
 
 
 def trace_group(members: Sequence[Trajectory]) -> list[Trace]:
@@ -190,6 +189,12 @@ def trace_group(members: Sequence[Trajectory]) -> list[Trace]:
             tokens += [*turn.tokens, *turn.observation]
         traces.append(Trace(tuple(tokens), tuple(spans)))
     return traces
+
+
+def acceptance_by_siblings(groups: list[list[Trace]]) -> dict[str, dict[str, float]]:
+    """Number of siblings → linear drafts, or paths → mean acceptance length."""
+    return {str(n): {("linear" if k == 1 else f"k={k}"): mean_acceptance(groups, n, k) for k in WIDTHS}
+            for n in REFERENCES}
 
 
 def mean_acceptance(groups: list[list[Trace]], siblings: int, width: int) -> float:

@@ -1,4 +1,5 @@
-"""The rollout: what a decision of its scheduler costs, and what policies bring live (`live_rollout`).
+"""The rollout: what a decision of its scheduler costs, what policies bring live (`live_rollout`), and how much of
+drafts from siblings is accepted (`drafting`).
 
 A decision is one placement, with the events that lead to it, in processor time of one thread. Groups of 8 requests of
 lognormal length (median 8000 tokens, sigma 0.8, three quarters of the variance between groups) run in chunks of 2048 on
@@ -13,8 +14,9 @@ import gc
 import random
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
-from launcher.bench import live_rollout
+from launcher.bench import drafting, live_rollout
 from megatron_pbsd.errors import UsageError
 from megatron_pbsd.rollout.length_context import LengthContext
 from megatron_pbsd.rollout.length_model import LengthModel
@@ -30,7 +32,7 @@ POLICIES: dict[str, Callable[[], Policy]] = {
 }
 
 
-def run(overrides: Sequence[str] = ()) -> dict[str, float]:
+def run(overrides: Sequence[str] = ()) -> dict[str, Any]:
     if overrides:
         raise UsageError(f"the bench 'rollout' reads no configuration, so {overrides[0]} means nothing to it")
     numbers: dict[str, float] = {}
@@ -40,7 +42,8 @@ def run(overrides: Sequence[str] = ()) -> dict[str, float]:
         ratios.append(best(make, 1_000_000, 5) / best(make, 10_000, 5))
         numbers[f"cost_ratio_1m_over_10k_{name}"] = ratios[-1]
     speeds = [numbers[f"decisions_per_s_{name}"] for name in POLICIES]
-    return {"decisions_per_s": min(speeds), "cost_ratio_1m_over_10k": max(ratios), **numbers, **live_rollout.run()}
+    return {"decisions_per_s": min(speeds), "cost_ratio_1m_over_10k": max(ratios), **numbers, **live_rollout.run(),
+            "acceptance_by_siblings": drafting.acceptance_by_siblings(drafting.real_traces())}
 
 
 def best(make: Callable[[], Policy], requests: int, slots: int) -> float:
