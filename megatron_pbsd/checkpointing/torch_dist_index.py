@@ -10,6 +10,7 @@ import json
 import pickle
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from functools import reduce
 from itertools import combinations
 from math import prod
@@ -163,6 +164,8 @@ class _MetadataUnpickler(pickle.Unpickler):
         ("pathlib", "PosixPath"), ("torch._C._distributed_c10d", "Store")})
 
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("builtins", "getattr"):
+            return _member
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if is_dtype or (module, name) in self.NAMES:
             return super().find_class(module, name)
@@ -170,3 +173,10 @@ class _MetadataUnpickler(pickle.Unpickler):
         if module.startswith(self.ALLOWED) and isinstance(found := super().find_class(module, name), type):
             return found
         raise pickle.UnpicklingError(f"{module}.{name} has no place in a checkpoint's metadata")
+
+
+def _member(kind: Any, name: str) -> Enum:
+    """What Python 3.11 before 3.11.4 pickles a member of an enumeration as: getattr(kind, name)."""
+    if isinstance(kind, type) and issubclass(kind, Enum) and name in kind.__members__:
+        return kind[name]
+    raise pickle.UnpicklingError(f"{name} of {kind!r} has no place in a checkpoint's metadata")

@@ -9,6 +9,7 @@ import pickle
 import re
 import shutil
 import zipfile
+from enum import Enum
 from math import prod
 
 import pytest
@@ -245,7 +246,30 @@ class Intruder:
         return os.system, ("touch intruded",)
 
 
+class EarlyPython(pickle.Pickler):
+    """Members of enumerations as Python 3.11.2, which Debian 12 has, pickles them."""
+
+    def reducer_override(self, value):
+        return (getattr, (type(value), value.name)) if isinstance(value, Enum) else NotImplemented
+
+
+class Reaching:
+    def __reduce__(self):
+        return getattr, (torch.Size, "__subclasses__")
+
+
+def test_an_index_of_an_early_python_is_read(written):
+    folder, tensors = written
+    stream = io.BytesIO()
+    EarlyPython(stream).dump(pickle.loads((folder / METADATA).read_bytes()))
+    assert b"getattr" in stream.getvalue()
+    (folder / METADATA).write_bytes(stream.getvalue())
+    for name, tensor in tensors.items():
+        assert same(Reader(folder).read(name, whole(tensor.shape)), tensor)
+
+
 @pytest.mark.parametrize(("change", "words"), [
+    (lambda f: (f / METADATA).write_bytes(pickle.dumps(Reaching())), r"__subclasses__ of .*Size.* has no place in"),
     (lambda f: (f / "metadata.json").unlink(), "is no distributed checkpoint: metadata.json"),
     (lambda f: (f / "metadata.json").write_text("{"), "is no distributed checkpoint: metadata.json"),
     (lambda f: (f / "metadata.json").write_text(json.dumps({"sharded_backend": "zarr"})),
