@@ -133,8 +133,10 @@ def test_a_killed_engine_costs_no_finished_chunk(ray_runtime, folders, pool_fold
 
     victim = ray.get(handles[0].pid)
     running = coordinator.call("collect", asked, step=1, seed=5, temperature=1.0, sink=str(tmp_path / "sink.jsonl"))
-    while ray_runtime.result(coordinator.observe("progress")).tokens < 300:
-        pass
+    parked = Path(pool_folder.path) / "engine-1"
+    while ray_runtime.result(coordinator.observe("progress")).tokens < 300 or (
+            policy == "longest_remaining" and len(list(parked.iterdir())) < 3):
+        assert not ray_runtime.wait([running], timeout=0.01)[0], "it was over too soon"
     os.kill(victim, signal.SIGKILL)
     trajectories = [t for group in ray_runtime.result(running) for t in group.trajectories]
     assert_same(trajectories, expected)
