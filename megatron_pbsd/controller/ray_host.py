@@ -184,4 +184,5 @@ def _stack(handle: RayHandle) -> str:
             break
     with log.open("rb") as file:
         file.seek(before)
-        return file.read().decode(errors="replace").rstrip() or "(the process does not react to signals: is it stopped?)"
+        stacks = file.read().decode(errors="replace").rstrip()
+    return stacks or "(the process does not react to signals: is it stopped?)"

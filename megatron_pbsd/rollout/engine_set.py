@@ -61,7 +61,8 @@ class EngineSet:
         print(f"{death}\nThe rollout goes on with {', '.join(self.handles)}", flush=True)
 
     def ask(self, method: str, arguments: dict[str, Sequence[Any]] | None = None) -> dict[str, Any]:
-        """The answers of all by name, those left out that turn out to have died, or hang and are ended. arguments: by name, if any."""
+        """The answers of all by name, those left out that turn out to have died, or hang and are ended. arguments: by
+        name, if any."""
         calls = {name: handle.call(method, *(arguments or {}).get(name, ())) for name, handle in self.handles.items()}
         answers = {}
         for name, call in calls.items():

@@ -165,7 +165,7 @@ def test_without_an_engine_that_hung_the_rollout_goes_on(ray_runtime):
     assert collected(coordinator.collect(asked, step=1, seed=5, temperature=1.0)) == wanted(asked)
     (death,) = coordinator.statistics().deaths
     assert death.name == "engine-hung" and death.deadline_s == 1.0
-    assert "it hung, with no answer for 1 s in phase 'rollout', and was ended" == death.cause
+    assert death.cause == "it hung, with no answer for 1 s in phase 'rollout', and was ended"
     assert "in collect" in death.stacks and "scripted_rollout.py" in death.stacks
     assert_ended(hung)
 
