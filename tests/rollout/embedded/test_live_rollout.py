@@ -175,6 +175,7 @@ def test_an_engine_that_is_lost_costs_no_finished_chunk(ray_runtime, folders, po
     assert_same([t for group in again for t in group.trajectories], expected[:8])
     assert ray_runtime.result(coordinator.call("statistics")).deaths == ()
     (other,) = spawn(ray_runtime, folders["qwen3"], pool_folder, config, first=1)
+    ray_runtime.result(other.ready())
     ray_runtime.result(coordinator.observe("join", other))
     again = ray_runtime.result(coordinator.call("collect", asked[:2], step=1, seed=5, temperature=1.0))
     assert_same([t for group in again for t in group.trajectories], expected[:8])
