@@ -59,6 +59,7 @@ class Rollout:
         self._runtime, self._coordinator, self._config, self._recorder = runtime, coordinator, config, recorder
         self._publisher, self._engines = publisher, engines
         self._restarts = config.rollout.engine_restarts
+        self._deaths = 0
         self._taken_up: list[Trajectory] = []
 
     def collect(self, requests: Sequence[RolloutRequest], step: int, *, temperature: float | None = None,
@@ -88,15 +89,15 @@ class Rollout:
 
     def _collect(self, requests: Sequence[RolloutRequest], **arguments: Any) -> list[Group] | None:
         """Engines that die in it are started anew; None when that was so of all."""
-        call, restarted, done = self._coordinator.call("collect", requests, **arguments), 0, []
+        call, done = self._coordinator.call("collect", requests, **arguments), []
         while not done:
             # The coordinator has a deadline for each engine call; here only its own death can be news, and engines'.
             done, _ = self._runtime.wait([call], timeout=POLL_S)
             progress = self._runtime.result(self._coordinator.observe("progress"))
             self._recorder.rollout_progress(progress.finished, progress.total)
-            for death in progress.deaths[restarted:]:
+            for death in progress.deaths[self._deaths:]:
                 self._restart(death)
-            restarted = len(progress.deaths)
+            self._deaths = len(progress.deaths)
         try:
             return self._runtime.result(call)
         except ComponentDied as death:
@@ -105,7 +106,7 @@ class Rollout:
             return None
 
     def publish(self, version: int) -> dict[str, float]:
-        """See `Publisher.publish`. Engines that have died since the last rollout are started anew."""
+        """See `Publisher.publish`. Engines that have died since the last rollout, or hang, are started anew."""
         while True:
             try:
                 return self._publisher.publish(version)
@@ -121,9 +122,12 @@ class Rollout:
         self._restarts -= 1
         print(f"pbsd: {death.name} died: {death.cause}\npbsd: it is started anew, which may happen "
               f"{self._restarts} more times (rollout.engine_restarts)", file=sys.stderr)
-        handle = self._engines.restart(death.name)
-        if restore:
-            self._publisher.restore(death.name)
+        try:
+            handle = self._engines.restart(death.name)
+            if restore:
+                self._publisher.restore(death.name)
+        except ComponentDied as again:
+            return self._restart(again, restore)
         self._runtime.result(self._coordinator.observe("join", handle))
 
     def _origin(self, sampling: Mapping[str, Any]) -> str:

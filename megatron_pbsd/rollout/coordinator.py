@@ -40,7 +40,7 @@ class RolloutRequest:
 class Progress:
     """Trajectories finished and asked for, tokens generated so far, of the present or latest `collect`.
 
-    deaths: of engines without which it goes, or went, on.
+    deaths: of engines, in all calls of `collect` so far; those that hung and were ended are among them.
     """
 
     finished: int
@@ -141,12 +141,12 @@ class Coordinator:
         soon as it is finished. `routed_experts`: keep which experts read each token, if the model has any.
         `finished`: trajectories of such a call that did not end; those that are asked for again are not generated
         again. That is the same rollout only if sampling depends on nothing but seed and trajectory id.
-        What an engine that dies had begun, others do, from the last finished chunks on. ComponentDied when the last one
-        dies, DeadlineExpired when one has finished no chunk within `rollout.deadline_s`; the engines are then in an
-        unknown state. RolloutError when a prompt is too long.
+        An engine that has finished no chunk within `rollout.deadline_s` is ended. What an engine that dies had begun,
+        others do, from the last finished chunks on. ComponentDied when the last one dies; ComponentHung, which is also
+        a DeadlineExpired, when it was ended; DeadlineExpired when it has no process that could be ended. RolloutError
+        when a prompt is too long.
         """
-        began = time.monotonic()
-        self._engines.deaths.clear()
+        began, earlier_deaths = time.monotonic(), len(self._engines.deaths)
         self._engines.arrivals()
         before = self._engines.ask("statistics")
         starts = {request.group_id: self._starts(request, step, seed, temperature, routed_experts)
@@ -167,13 +167,14 @@ class Coordinator:
         for request, group in zip(requests, groups, strict=True):
             self._history.asked(request.task.task_id, [t.generated for t in group.trajectories])
         after = self._engines.ask("statistics")
-        for death in self._engines.deaths:
+        deaths = tuple(self._engines.deaths[earlier_deaths:])
+        for death in deaths:
             before.pop(death.name, None)
         self._statistics = replace(
             summarised(groups, list(done.values()), before, after, time.monotonic() - began),
             moves=dispatcher.moves, recomputed_tokens=dispatcher.recomputed_tokens,
             tail_seconds=dispatcher.activity.tail_seconds, spans=dispatcher.activity.spans,
-            deaths=tuple(self._engines.deaths), predicted_lengths=_calibration(policy))
+            deaths=deaths, predicted_lengths=_calibration(policy))
         return groups
 
     def _make_policy(self, requests: Sequence[RolloutRequest]) -> Policy:
