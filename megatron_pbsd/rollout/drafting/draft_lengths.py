@@ -25,7 +25,8 @@ PLAIN_EVERY = 16
 LOOK_EVERY = 8
 """While they do not, every so many steps of as many sequences is looked at."""
 LONG_EVERY = 4
-"""One of so many attempts is as long as can be: only so is it seen what each draft costs and what each token."""
+"""One of so many attempts is as long as can be, and the next one token: only so is it seen what each draft costs and
+what each token. The longest come first: from what those cost no other can cost more."""
 WORTH = 0.85
 """What a token that was drafted saves, as a share of what a token costs without: less than all of it, since sequences
 that end earlier leave smaller batches, which cost more per token."""
@@ -83,18 +84,18 @@ class DraftLengths:
 
     def worthwhile(self, sequences: int, reads: Sequence[int]) -> bool:
         """Whether to make drafts for the next step of so many sequences. reads: see StepCost."""
-        self._declined = sequences
-        if not self.cost.knows_plain or self._since_plain >= PLAIN_EVERY or self._account < 0.0:
+        self._declined = 0
+        if not self.cost.knows_plain or self._since_plain >= PLAIN_EVERY:
             return False
         reaching = self._reaching * (sequences / max(self._sequences, 1.0))
         self._attempting = False
-        length, loss = self._length(reaching, sequences, reads, sequences)
+        _, loss = self._length(reaching, sequences, reads, sequences)
         if loss > 0.0:
             self._attempting = True
-            length, loss = self._length(reaching, sequences, reads, sequences)
-            if self._budget < loss:
-                return False
-        self._declined = 0
+            _, loss = self._length(reaching, sequences, reads, sequences)
+        if self._account < 0.0 or self._attempting and self._budget < loss:
+            self._declined = sequences
+            return False
         return True
 
     def choose(self, available: Sequence[int], sequences: int, reads: Sequence[int]) -> list[int]:
@@ -113,12 +114,12 @@ class DraftLengths:
         """
         plain, steps = self.cost.plain(sequences, reads), self.cost.draft_steps
         if not steps:
-            return 1, plain
+            return self.longest, plain
         seconds = self.cost.extra(attempts, reaching.cumsum())
         yields = WORTH * (reaching * self.chances).cumsum()
         best = int(((sequences + yields) / np.maximum(plain + seconds, 1e-9)).argmax())
-        if self._attempting and steps % LONG_EVERY == 1:
-            best = self.longest - 1
+        if self._attempting and steps % LONG_EVERY < 2:
+            best = 0 if steps % LONG_EVERY else self.longest - 1
         return best + 1, float(seconds[best] - yields[best] * self.cost.plain(sequences, ()) / sequences)
 
     def available(self, sequences: int, lengths: Sequence[int]) -> None:

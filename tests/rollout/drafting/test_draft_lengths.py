@@ -75,15 +75,15 @@ def test_never_slower_by_more_than_two_percent(engine, sequences):
     rule = DraftLengths()
     for _ in range(800):
         engine.run(rule, sequences)
-    # And the first step with drafts, whose loss nobody could foresee.
-    worst = (1 + engine.noise) * (engine.plain(sequences) + sequences * (engine.per_draft + engine.per_token))
+    # And the first step with drafts, which are long, and whose loss nobody could foresee.
+    worst = (1 + engine.noise) * (engine.plain(sequences) + sequences * (engine.per_draft + 8 * engine.per_token))
     assert engine.seconds <= 1.02 * engine.plain_seconds + worst
 
 
-# Always the same engines: there are some, in one of ten drawings, where it wins less (docs/speculation.md).
-@settings(max_examples=20, derandomize=True)
+@settings(max_examples=25)
 @given(costs, st.integers(1, 40))
 @example(Engine(1.0, 0.1, 0.226, 0.0, acceptance=0.75, noise=0.3, seed=4), 23)
+@example(Engine(0.25, 0.03125, 0.25, 0.125, acceptance=0.9375), 1)
 def test_most_of_what_can_be_won_is_won(engine, sequences):
     engine.noise, rule = min(engine.noise, 0.1), DraftLengths()
     for _ in range(800):
@@ -168,7 +168,7 @@ def test_one_slow_step_is_no_new_cost():
     cost = StepCost()
     for _ in range(100):
         cost.observe(8, (), 0, 0, 0.01)
-    assert cost.observe(8, (), 0, 0, 0.012) == pytest.approx(0.012)
+    assert cost.observe(8, (), 0, 0, 0.012) == pytest.approx(0.012, rel=1e-3)
     assert cost.observe(8, (), 0, 0, 5.0) < 0.04
     assert cost.plain(8, ()) < 0.011
 
