@@ -19,8 +19,8 @@ MOST_GROUPS = 1024
 
 
 class Speculation:
-    """longest: of a draft. always: draft whatever it costs; for tests and measurements. clock: seconds. On a CPU those
-    of this process: of others' work on the same cores a step says nothing. A device's time passes on the wall."""
+    """longest: of a draft. always: draft whatever it costs; for tests and measurements. clock: what steps are timed by,
+    in seconds: see `clock_of`."""
 
     def __init__(self, longest: int, always: bool = False, clock: Callable[[], float] = time.process_time):
         # Not when the first draft is made, whose cost is measured.
@@ -94,6 +94,12 @@ class Speculation:
         self.drafted += sum(drafted)
         self.accepted += sum(kept)
         self._own = self._clock() - ended
+
+
+def clock_of(device: str) -> Callable[[], float]:
+    """By what to time an engine's steps. On a CPU by the seconds of this process, as those of others' work on the same
+    cores say nothing; what another device takes only the wall clock knows."""
+    return time.process_time if device == "cpu" else time.perf_counter
 
 
 def _group(chunk: Chunk) -> str:
