@@ -22,7 +22,7 @@ LUCK_STEPS = 64
 """Plain steps that drafts have won which may be lost again: a few unlucky drafts do not end what pays."""
 PLAIN_EVERY = 16
 """While drafts pay, every so many steps is one without, so that it stays known what those cost."""
-LOOK_EVERY = 8
+LOOK_EVERY = 16
 """While they do not, every so many steps of as many sequences is looked at."""
 LONG_EVERY = 4
 """One of so many attempts is as long as can be, and the next one token: only so is it seen what each draft costs and
@@ -88,12 +88,9 @@ class DraftLengths:
         if not self.cost.knows_plain or self._since_plain >= PLAIN_EVERY:
             return False
         reaching = self._reaching * (sequences / max(self._sequences, 1.0))
-        self._attempting = False
-        _, loss = self._length(reaching, sequences, reads, sequences)
-        if loss > 0.0:
-            self._attempting = True
-            _, loss = self._length(reaching, sequences, reads, sequences)
-        if self._account < 0.0 or self._attempting and self._budget < loss:
+        best, losses = self._losses(reaching, sequences, reads, sequences)
+        self._attempting = bool(losses[best] > 0.0)
+        if self._account < 0.0 or (self._attempting and self._budget < losses[self._length(best) - 1]):
             self._declined = sequences
             return False
         return True
@@ -104,23 +101,33 @@ class DraftLengths:
         reaching = np.array([sum(n > i for n in available) for i in range(self.longest)], float)
         if not reaching[0]:
             return [0] * len(available)
-        length, _ = self._length(reaching, sequences, reads, len(available))
+        best, _ = self._losses(reaching, sequences, reads, len(available))
+        length = self._length(best)
         return [min(n, length) for n in available]
 
-    def _length(self, reaching: np.ndarray, sequences: int, reads: Sequence[int], attempts: int) -> tuple[int, float]:
-        """How long the next step's drafts should be, and the seconds that it then loses beside a plain one.
+    def _length(self, best: int) -> int:
+        """best: index of the length with which most is made of the next step."""
+        turn = self.cost.draft_steps % LONG_EVERY
+        if not self._attempting or turn > 1:
+            return best + 1
+        return 1 if turn else self.longest
+
+    def _losses(
+        self, reaching: np.ndarray, sequences: int, reads: Sequence[int], attempts: int
+    ) -> tuple[int, np.ndarray]:
+        """With which length, from 1 on, most is made of the next step; and the seconds, float64 [longest], that each of
+        them loses beside a plain step.
 
         reaching: how many drafts have each position, of so many attempts.
         """
-        plain, steps = self.cost.plain(sequences, reads), self.cost.draft_steps
-        if not steps:
-            return self.longest, plain
+        plain = self.cost.plain(sequences, reads)
+        if not self.cost.draft_steps:
+            return self.longest - 1, np.full(self.longest, plain)
         seconds = self.cost.extra(attempts, reaching.cumsum())
         yields = WORTH * (reaching * self.chances).cumsum()
         best = int(((sequences + yields) / np.maximum(plain + seconds, 1e-9)).argmax())
-        if self._attempting and steps % LONG_EVERY < 2:
-            best = 0 if steps % LONG_EVERY else self.longest - 1
-        return best + 1, float(seconds[best] - yields[best] * self.cost.plain(sequences, ()) / sequences)
+        each = self.cost.plain(sequences, ()) / sequences
+        return best, seconds - each * yields
 
     def available(self, sequences: int, lengths: Sequence[int]) -> None:
         """Of a step for which drafts were made: how long they were, before `choose` cut them."""
@@ -145,8 +152,8 @@ class DraftLengths:
         self._account += ALLOWANCE * seconds
         self._budget += self._share * seconds
         if attempts:
-            self._settle(self.cost.least(sequences, reads) + WORTH * sum(kept) * self.cost.least(sequences, ()) / sequences
-                         - seconds)
+            each = self.cost.least(sequences, ()) / sequences
+            self._settle(self.cost.least(sequences, reads) + WORTH * sum(kept) * each - seconds)
         self._account = min(self._account, LUCK_STEPS * step)
         self._budget = min(self._budget, ATTEMPT_STEPS * step)
         if tokens:

@@ -21,7 +21,8 @@ class DecayedLeastSquares:
         self._moments, self._products = np.zeros((features, features)), np.zeros(features)
         self._kept = 1 - 1 / memory
         self._count = self._squares = 0.0
-        self._fitted: np.ndarray | None = None
+        self._ridge = 1e-12 * np.eye(features)
+        self._weights: list[float] | None = None
         self.observations = 0
 
     def observe(self, features: Sequence[float], value: float) -> None:
@@ -32,20 +33,20 @@ class DecayedLeastSquares:
         self._products += value * x
         self._count = self._kept * self._count + 1
         self._squares = self._kept * self._squares + value * value
-        self._fitted = None
+        self._weights = None
         self.observations += 1
 
     @property
-    def weights(self) -> np.ndarray:
-        """Float64 [n]; solved for when they are asked for, which is rarer than observations are."""
-        if self._fitted is None:
+    def weights(self) -> list[float]:
+        """Solved for when they are asked for, which is rarer than observations are."""
+        if self._weights is None:
             # Features that never changed apart from each other share what they explain.
-            ridge = np.diag(1e-4 * self._moments.diagonal() + 1e-12)
-            self._fitted = np.linalg.solve(self._moments + ridge, self._products)
-        return self._fitted
+            ridge = self._ridge + np.diag(1e-4 * self._moments.diagonal())
+            self._weights = np.linalg.solve(self._moments + ridge, self._products).tolist()
+        return self._weights
 
     def predict(self, features: Sequence[float]) -> float:
-        return float(self.weights @ np.array(features, float))
+        return sum(weight * x for weight, x in zip(self.weights, features))
 
     @property
     def error(self) -> float:
@@ -53,7 +54,7 @@ class DecayedLeastSquares:
         free = self._count - len(self._products)
         if free <= 0:
             return 0.0
-        weights = self.weights
+        weights = np.array(self.weights)
         residual = self._squares - 2 * weights @ self._products + weights @ self._moments @ weights
         return float(np.sqrt(max(0.0, residual) / (free * self._count)))
 
