@@ -111,6 +111,46 @@ def test_drafts_that_stop_paying_stop_and_begin_again():
     assert drafted[0] > 270 and drafted[1] < 30 and drafted[2] > 270
 
 
+def test_plain_steps_that_become_cheaper_are_noticed_while_drafts_are_made():
+    """As when contexts are shorter: drafts won 0.7 of a step in 0.4 of one, and now it is 0.07 in 0.4."""
+    engine, rule = Engine(1.0, 0.0, 0.0, 0.05, acceptance=0.8), DraftLengths()
+    for _ in range(600):
+        engine.run(rule, 8)
+    assert engine.drafted_steps > 500
+    engine.step = 0.1
+    for _ in range(1500):
+        engine.run(rule, 8)
+    engine.drafted_steps = 0
+    for _ in range(200):
+        engine.run(rule, 8)
+    assert engine.drafted_steps < 20
+
+
+def test_what_few_sequences_win_is_not_spent_on_many():
+    """Batches of 40, where a drafted token costs more than it brings, alternate with what is left of them."""
+    engine, rule = Engine(1.0, 0.02, 0.0, 0.05, acceptance=0.7, noise=0.1), DraftLengths()
+    drafted = {40: 0, 2: 0}
+    for _ in range(20):
+        for sequences in drafted:
+            engine.drafted_steps = 0
+            for _ in range(40):
+                engine.run(rule, sequences)
+            drafted[sequences] += engine.drafted_steps
+    assert drafted[40] < 40 and drafted[2] > 500
+
+
+@pytest.mark.parametrize(("per_token", "pays"), [(0.01, True), (0.1, False)])
+def test_a_machine_that_others_slow_down_at_times_does_not_mislead(per_token, pays):
+    """Plain steps and those with drafts take half as long again during every other thirty."""
+    engine, rule = Engine(1.0, 0.02, 0.0, per_token, acceptance=0.6, noise=0.1), DraftLengths()
+    for step in range(1500):
+        slow = 1.5 if step // 30 % 2 else 1.0
+        engine.step, engine.per_sequence, engine.per_token = slow, 0.02 * slow, per_token * slow
+        engine.run(rule, 16)
+    assert engine.drafted_steps > 1200 if pays else engine.drafted_steps < 60
+    assert engine.seconds <= 1.02 * engine.plain_seconds
+
+
 def test_a_pause_of_the_machine_does_not_end_drafts_that_pay():
     engine, rule = Engine(1.0, 0.001, 0.0, 0.01, acceptance=0.8), DraftLengths()
     for _ in range(600):
