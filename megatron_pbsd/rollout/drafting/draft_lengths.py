@@ -162,7 +162,7 @@ class DraftLengths:
         self._since_drafts = 0 if attempts else self._since_drafts + 1
 
     def _settle(self, won: float) -> None:
-        """won: seconds, by a step with drafts. What the first one lost could not be foreseen, and is not made up for."""
+        """won: seconds, by a step with drafts. What the first lost could not be foreseen and is not made up for."""
         if self.cost.draft_steps == 1:
             won = max(won, -self._account)
         self._account += won
