@@ -13,6 +13,9 @@ OUTLIER = 3.0
 PACE_STEPS = 8.0
 """Steps over which the machine's pace is measured."""
 
+PACE_LIMIT = 2.0
+"""Where steps take more than so many times as long as expected, or less than one so many-th, it is not the pace."""
+
 
 class DecayedLeastSquares:
     """Linear in n features, the newest `memory` observations or so counting most."""
@@ -101,10 +104,12 @@ class StepCost:
         plain steps are known, those with drafts teach nothing."""
         plain = self.plain(sequences, reads) if self.knows_plain else 0.0
         seconds /= self._pace
-        if self._extra.observations >= LEAST_STEPS if attempts else self.knows_plain:
-            expected = plain + (float(self.extra(attempts, drafted)) if attempts else 0.0)
+        known = self._extra.observations >= LEAST_STEPS if attempts else self.knows_plain
+        expected = plain + (float(self.extra(attempts, drafted)) if attempts else 0.0)
+        if known and expected > 0.0:
             seconds = min(seconds, OUTLIER * expected)
-            self._pace *= 1 + (seconds / max(expected, 1e-9) - 1) / PACE_STEPS
+            pace = self._pace * (1 + (seconds / expected - 1) / PACE_STEPS)
+            self._pace = min(max(pace, 1 / PACE_LIMIT), PACE_LIMIT)
         if not attempts:
             self._plain.observe((1.0, sequences, len(reads), sum(reads)), seconds)
         elif self.knows_plain:

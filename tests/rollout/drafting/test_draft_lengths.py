@@ -213,6 +213,17 @@ def test_one_slow_step_is_no_new_cost():
     assert cost.plain(8, ()) < 0.011
 
 
+def test_what_was_expected_to_take_no_time_is_learned_all_the_same():
+    """Steps of 40 and 64 sequences let one expect that one of few takes less than nothing."""
+    cost = StepCost()
+    for step in range(100):
+        cost.observe(*((40, (), 0, 0, 0.001) if step % 2 else (64, (), 0, 0, 0.01)))
+    assert cost.plain(4, ()) == 0.0
+    for _ in range(200):
+        assert cost.observe(4, (), 0, 0, 0.005) > 0
+    assert cost.plain(4, ()) > 0.001
+
+
 def test_what_was_long_ago_is_forgotten():
     fit = DecayedLeastSquares(1, 20)
     for value in [1.0] * 200 + [3.0] * 100:
