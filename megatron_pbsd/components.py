@@ -320,15 +320,15 @@ def start_reference(runtime: Runtime, config: RunConfig) -> EngineGroup | None:
     return EngineGroup(runtime, [handle], config.rollout.deadline_s)
 
 
-def build_engine(longest_draft: int | None = None, **arguments: Any) -> Engine:
+def build_engine(longest_draft: int | None = None, device: str = "cpu", **arguments: Any) -> Engine:
     """In the engine's own process: the driver never imports transformers. longest_draft: None does not speculate."""
     from megatron_pbsd.rollout.engines.embedded.engine import EmbeddedEngine
 
     if longest_draft is not None:
-        from megatron_pbsd.rollout.engines.embedded.speculation import Speculation
+        from megatron_pbsd.rollout.engines.embedded.speculation import Speculation, clock_of
 
-        arguments["speculation"] = Speculation(longest_draft)
-    return EmbeddedEngine(**arguments)
+        arguments["speculation"] = Speculation(longest_draft, clock=clock_of(device))
+    return EmbeddedEngine(device=device, **arguments)
 
 
 def start_coordinator(runtime: Runtime, config: RunConfig, engines: EngineGroup) -> Handle:
