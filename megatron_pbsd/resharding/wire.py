@@ -8,6 +8,7 @@ from enum import StrEnum
 from megatron_pbsd.boxes import Box, size
 from megatron_pbsd.models.decoder import kept_in_float32
 from megatron_pbsd.models.sglang import quantised
+from megatron_pbsd.resharding.layouts import Layout
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1}
 """Of a number, by torch's name of its dtype."""
@@ -75,3 +76,18 @@ def whole_blocks(box: Box, shape: tuple[int, ...], block: tuple[int, int] = BLOC
     """Whether tensor[box] consists of whole blocks, but for the last ones of the tensor."""
     return all(s.start % b == 0 and (s.stop % b == 0 or s.stop == n)
                for s, n, b in zip(box, shape, block, strict=True))
+
+
+def cut_blocks(target: Layout) -> list[str]:
+    """One sentence for each kind of matrix in 8 bits of which a rank's part begins or ends within a block, where there
+    is no scale for it: SGLang refuses such layouts."""
+    cut = {}
+    for slot in target.slots:
+        kind = slot.kind
+        if not quantised(kind.name, kind.shape):
+            continue
+        begins = all(s.start % b == 0 for s, b in zip(slot.local[-2:], BLOCK, strict=True))
+        if not (begins and whole_blocks(slot.box, kind.shape)):
+            cut[kind.name] = tuple(s.stop - s.start for s in slot.box)
+    return [f"{name}: a rank's part has shape {shape}, which is not whole blocks of {BLOCK}; a smaller tp, or for "
+            "experts a larger ep, makes it larger" for name, shape in cut.items()]
