@@ -47,7 +47,7 @@ def test_all_problems_at_once():
     text = str(raised.value)
     assert "3 problems" in text and "target.tpp = 3   (command line)\n      unknown key; did you mean 'tp'?" in text
     with pytest.raises(ConfigError) as raised:
-        load(QUICKSTART[0], [*QUICKSTART[1:], "--target.engine=sglang", "--target.tp", "3", "--learner.parallel.tp", "8",
+        load(QUICKSTART[0], [*QUICKSTART[1:], "--target.engine=sglang", "--target.tp=3", "--learner.parallel.tp=8",
                              "--learner.parallel.world_size", "8"])
     text = str(raised.value)
     assert "learner.parallel.tp = 8 does not divide num_attention_heads = 4" in text
