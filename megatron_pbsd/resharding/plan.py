@@ -20,6 +20,7 @@ import numpy as np
 
 from megatron_pbsd.boxes import Box, intersection, size
 from megatron_pbsd.resharding.layouts import Kind, Layout, Numbers, Place, Slot
+from megatron_pbsd.resharding.manifest import ALIGNMENT
 from megatron_pbsd.resharding.sources import deal
 from megatron_pbsd.resharding.wire import FLOAT8, Wire, stored_dtype, whole_blocks, wire
 
@@ -89,9 +90,9 @@ class Group:
 @dataclass(frozen=True)
 class Plan:
     """Transfers as a table of rows: `source` sends `target` the `cell` of the tensors `first` … `first` + `count` - 1
-    of the `group`. Numbers are int64 arrays of one length, sorted by target, then in the order of the model.
+    of the `group`. Numbers are int64 arrays of one length, sorted by target, then by cell.
 
-    bucket_bytes: no transfer has more, unless it is one row of a tensor or of blocks.
+    bucket_bytes: no transfer has more, unless it is one row of a tensor or of blocks; whole multiples of `ALIGNMENT`.
     """
 
     source_layout: Layout
@@ -146,7 +147,7 @@ class Plan:
         return np.bincount(rank[chosen], self.nbytes[chosen], ranks).astype(np.int64)
 
     def transfers(self, source: int | None = None, target: int | None = None) -> Iterator[Transfer]:
-        """Those of a source rank, of a target rank, of a pair, or all; of each target in the order of the model."""
+        """Those of a source rank, of a target rank, of a pair, or all; by target, then kind, then layer."""
         rows = np.ones(len(self.cell), bool)
         if source is not None:
             rows &= self.source == source
@@ -156,15 +157,16 @@ class Plan:
             yield from self._row(int(row))
 
     def buckets(self, target: int) -> Iterator[list[Transfer]]:
-        """What a target rank receives, in the order of the model, a bucket at a time: as many transfers as fit."""
+        """What a target rank receives, in the order of `transfers`, a bucket at a time: as many as fit, each with
+        `aligned` bytes."""
         bucket: list[Transfer] = []
         free = self.bucket_bytes
         for transfer in self.transfers(target=target):
-            if bucket and transfer.nbytes > free:
+            if bucket and aligned(transfer.nbytes) > free:
                 yield bucket
                 bucket, free = [], self.bucket_bytes
             bucket.append(transfer)
-            free -= transfer.nbytes
+            free -= aligned(transfer.nbytes)
         if bucket:
             yield bucket
 
@@ -172,7 +174,7 @@ class Plan:
         """How many `buckets` there are, without making their transfers."""
         buckets, free = 0, 0
         rows = self.target == target
-        for unit, left in zip(self.unit[rows].tolist(), self.count[rows].tolist(), strict=True):
+        for unit, left in zip(aligned(self.unit[rows]).tolist(), self.count[rows].tolist(), strict=True):
             fitting = min(free // unit, left)
             free, left = free - fitting * unit, left - fitting
             if left:
@@ -193,6 +195,11 @@ class Plan:
                 source, target, cell.kind.name.format(layer=layer, expert=expert), cell.box,
                 layout.place(slot, cell.box, layer, expert),
                 self.target_layout.place(cell.target, cell.box, layer, expert), cell.wire, cell.nbytes)
+
+
+def aligned(nbytes):
+    """Bytes, or an array of them, rounded up so that what follows them in a bucket is aligned."""
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
 def make_plan(
