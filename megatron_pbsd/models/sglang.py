@@ -70,7 +70,7 @@ def problems(decoder: Decoder, server: ServerParallel) -> list[str]:
                    ("tp / ep", server.expert_tp, "moe_intermediate_size", experts.moe_intermediate_size)]
         if experts.shared_intermediate_size is not None:
             checks.append(("tp", server.tp, "shared_intermediate_size", experts.shared_intermediate_size))
-    found += [f"{key} = {size} does not divide {name} = {length}; valid for this model: {_divisors(length)}"
+    found += [f"{key} = {size} does not divide {name} = {length}; valid for this model: {_divisors(length, 2 * size)}"
               for key, size, name, length in checks if length % size]
     keys = decoder.num_key_value_heads
     if decoder.latent is None and keys % attention and attention % keys:
@@ -218,5 +218,6 @@ def _experts(experts: Experts, held: range, dense: Placement, expert: Placement,
     return local
 
 
-def _divisors(number: int) -> list[int]:
-    return [n for n in range(1, number + 1) if number % n == 0]
+def _divisors(number: int, most: int | None = None) -> list[int]:
+    """Up to `most`."""
+    return [n for n in range(1, min(number, most or number) + 1) if number % n == 0]

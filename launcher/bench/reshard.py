@@ -1,0 +1,93 @@
+"""Resharding: planning, and a publication through shared memory in buckets, between processes.
+
+plan_1t_s            seconds to plan Kimi-K2 (1.03 · 10¹² parameters) from 256 GPUs to as many, the slowest of
+                     `TRILLION`
+bytes_over_min       bytes that leave their GPU over the fewest that must (resharding/minimum.py), the largest of
+                     `PAIRS`
+memcpy_ratio         bytes published per second over those that one memcpy in this machine's memory copies, which is
+                     measured in between: the median of `ROUNDS`
+extra_buckets        peak memory of all processes together beyond both models, in sizes of a bucket
+max_abs_logprob_diff nats, on the probe of a publication from a Megatron learner of two ranks to two embedded engines
+
+The model that is published is a synthetic mixture of experts in float32 on two learner ranks (tp 2, ep 2), and one
+engine that wants every tensor whole. What arrives is compared bit for bit.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from launcher.published_layouts import GPUS, KIMI_K2, PAIRS, SYNTHETIC, TRILLION
+from launcher.publishing import Publication
+from megatron_pbsd.errors import UsageError
+from megatron_pbsd.models import family
+from megatron_pbsd.resharding.layouts import learner_layout, server_layout
+from megatron_pbsd.resharding.minimum import learner_maps, minimum, server_maps
+from megatron_pbsd.resharding.plan import make_plan
+from megatron_pbsd.resharding.wire import stored_dtype, wire
+
+ROUNDS = 5
+BUCKET_BYTES = 16 << 20
+
+
+def run(overrides: Sequence[str] = ()) -> dict[str, Any]:
+    if overrides:
+        raise UsageError(f"the bench 'reshard' reads no configuration, so {overrides[0]} means nothing to it")
+    return {**planning(), **bytes_moved(), **publication(SYNTHETIC, BUCKET_BYTES, ROUNDS)}
+
+
+def planning() -> dict[str, Any]:
+    """Layouts included, bfloat16 to 8 bits."""
+    decoder = family(KIMI_K2).decoder(KIMI_K2)
+    seconds = {}
+    for name, (parallel, server) in TRILLION.items():
+        started = time.perf_counter()
+        make_plan(learner_layout(decoder, parallel), server_layout(decoder, server, GPUS // server.size),
+                  source_dtype="bfloat16", target_dtype="float8_e4m3fn", devices_per_node=8, bucket_bytes=512 << 20)
+        seconds[name] = round(time.perf_counter() - started, 2)
+    return {"plan_1t_s": max(seconds.values()), "plan_1t_s_by_layout": seconds}
+
+
+def bytes_moved() -> dict[str, Any]:
+    """bfloat16 on both sides."""
+    ratios = {}
+    for name, pair in PAIRS.items():
+        decoder = family(pair.config).decoder(pair.config)
+        offset = 0 if pair.colocated else pair.parallel.world_size
+        plan = make_plan(
+            learner_layout(decoder, pair.parallel), server_layout(decoder, pair.server, pair.servers, offset),
+            source_dtype="bfloat16", target_dtype="bfloat16", devices_per_node=8, bucket_bytes=64 << 20)
+
+        def nbytes(tensor, box):
+            dtype = stored_dtype(tensor, tuple(s.stop - s.start for s in box), "bfloat16")
+            return wire(dtype, dtype, False).nbytes(box)
+
+        fewest = minimum(learner_maps(decoder, pair.parallel),
+                         server_maps(decoder, pair.server, pair.servers, offset), nbytes)
+        ratios[name] = plan.moved / fewest if fewest else float(plan.moved == 0)
+    return {"bytes_over_min": max(ratios.values()), "bytes_over_min_by_pair": ratios}
+
+
+def publication(config: dict[str, Any], bucket_bytes: int, rounds: int) -> dict[str, Any]:
+    """RuntimeError when another byte arrives than was sent."""
+    with Publication(config, bucket_bytes) as publishing:
+        publishing.publish()
+        ratios, seconds, speeds = [], [], []
+        for _ in range(rounds):
+            speeds.append(publishing.memcpy())
+            seconds.append(publishing.publish())
+            ratios.append(publishing.nbytes / seconds[-1] / speeds[-1])
+        publishing.check()
+        extra = publishing.extra_bytes()
+        return {
+            "memcpy_ratio": round(statistics.median(ratios), 3),
+            "extra_buckets": round(extra / publishing.bucket_bytes, 3),
+            "published_gb": round(publishing.nbytes / 1e9, 3), "buckets": publishing.count,
+            "bucket_mb": round(publishing.bucket_bytes / 2**20, 2),
+            "publication_s": round(statistics.median(seconds), 3),
+            "memcpy_gb_s": round(statistics.median(speeds) / 1e9, 2),
+            "memcpy_ratios": [round(ratio, 3) for ratio in ratios],
+        }
