@@ -4,10 +4,11 @@ plan_1t_s            seconds to plan Kimi-K2 (1.03 · 10¹² parameters) from 25
                      `TRILLION`
 bytes_over_min       bytes that leave their GPU over the fewest that must (resharding/minimum.py), the largest of
                      `PAIRS`
-memcpy_ratio         bytes published per second over those that one memcpy in this machine's memory copies, which is
-                     measured in between: the median of `ROUNDS`
+memcpy_ratio         bytes published per second over those that one thread's memcpy copies on this machine, the fastest
+                     of `ROUNDS` each, in turns; memcpy_ratios has the rounds one by one
 extra_buckets        peak memory of all processes together beyond both models, in sizes of a bucket
-max_abs_logprob_diff nats, on the probe of a publication from a Megatron learner of two ranks to two embedded engines
+max_abs_logprob_diff nats, on the probe of a publication from a Megatron learner of two ranks to two embedded engines,
+                     as `pbsd train` does it, the larger of a dense model and a mixture of experts
 
 The model that is published is a synthetic mixture of experts in float32 on two learner ranks (tp 2, ep 2), and one
 engine that wants every tensor whole. What arrives is compared bit for bit.
@@ -15,13 +16,18 @@ engine that wants every tensor whole. What arrives is compared bit for bit.
 
 from __future__ import annotations
 
-import statistics
+import json
+import shutil
+import tempfile
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from launcher.published_layouts import GPUS, KIMI_K2, PAIRS, SYNTHETIC, TRILLION
+from launcher.overrides import load_config
+from launcher.published_layouts import GPUS, KIMI_K2, PAIRS, SYNTHETIC, TINY_EXPERTS, TRILLION
 from launcher.publishing import Publication
+from megatron_pbsd.components import build
 from megatron_pbsd.errors import UsageError
 from megatron_pbsd.models import family
 from megatron_pbsd.resharding.layouts import learner_layout, server_layout
@@ -29,14 +35,16 @@ from megatron_pbsd.resharding.minimum import learner_maps, minimum, server_maps
 from megatron_pbsd.resharding.plan import make_plan
 from megatron_pbsd.resharding.wire import stored_dtype, wire
 
-ROUNDS = 5
+ROOT = Path(__file__).parents[2]
+QUICKSTART, BASE = Path("configs/quickstart.yaml"), Path("assets/search_qa_base")
+ROUNDS = 7
 BUCKET_BYTES = 16 << 20
 
 
 def run(overrides: Sequence[str] = ()) -> dict[str, Any]:
     if overrides:
         raise UsageError(f"the bench 'reshard' reads no configuration, so {overrides[0]} means nothing to it")
-    return {**planning(), **bytes_moved(), **publication(SYNTHETIC, BUCKET_BYTES, ROUNDS)}
+    return {**planning(), **bytes_moved(), **publication(SYNTHETIC, BUCKET_BYTES, ROUNDS), **agreement()}
 
 
 def planning() -> dict[str, Any]:
@@ -75,19 +83,39 @@ def publication(config: dict[str, Any], bucket_bytes: int, rounds: int) -> dict[
     """RuntimeError when another byte arrives than was sent."""
     with Publication(config, bucket_bytes) as publishing:
         publishing.publish()
-        ratios, seconds, speeds = [], [], []
+        speeds, seconds = [], []
         for _ in range(rounds):
             speeds.append(publishing.memcpy())
             seconds.append(publishing.publish())
-            ratios.append(publishing.nbytes / seconds[-1] / speeds[-1])
-        publishing.check()
         extra = publishing.extra_bytes()
+        publishing.check()
+        ratios = [publishing.nbytes / took / speed for took, speed in zip(seconds, speeds, strict=True)]
         return {
-            "memcpy_ratio": round(statistics.median(ratios), 3),
+            "memcpy_ratio": round(publishing.nbytes / min(seconds) / max(speeds), 3),
             "extra_buckets": round(extra / publishing.bucket_bytes, 3),
             "published_gb": round(publishing.nbytes / 1e9, 3), "buckets": publishing.count,
             "bucket_mb": round(publishing.bucket_bytes / 2**20, 2),
-            "publication_s": round(statistics.median(seconds), 3),
-            "memcpy_gb_s": round(statistics.median(speeds) / 1e9, 2),
+            "publication_s": round(min(seconds), 3), "memcpy_gb_s": round(max(speeds) / 1e9, 2),
             "memcpy_ratios": [round(ratio, 3) for ratio in ratios],
         }
+
+
+def agreement() -> dict[str, float]:
+    """Log-probs of engines and learner, both with random weights, from one seed."""
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        models = {"dense": (str(ROOT / BASE), ["--learner.parallel.tp", "2"]),
+                  "moe": (_tiny_experts(Path(folder)), ["--learner.parallel.tp", "1", "--learner.parallel.ep", "2"])}
+        for name, (path, layout) in models.items():
+            config = load_config(ROOT / QUICKSTART, [
+                "--name", name, "--runs", folder, "--model.path", path, "--model.initial_weights", "random", *layout])
+            with build(config, resume=None) as run:
+                found[name] = run.rollout.publish(0)["weights/probe_max_abs"]
+    return {"max_abs_logprob_diff": max(found.values()), "max_abs_logprob_diff_by_model": found}
+
+
+def _tiny_experts(folder: Path) -> str:
+    """A folder with a configuration and the tokenizer of the base policy."""
+    (folder / "config.json").write_text(json.dumps(TINY_EXPERTS))
+    shutil.copy(ROOT / BASE / "tokenizer.json", folder)
+    return str(folder)
