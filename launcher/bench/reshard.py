@@ -7,8 +7,8 @@ bytes_over_min       bytes that leave their GPU over the fewest that must (resha
 memcpy_ratio         bytes published per second over those that one thread's memcpy copies on this machine, the fastest
                      of `ROUNDS` each, in turns; memcpy_ratios has the rounds one by one
 extra_buckets        peak memory of all processes together beyond both models, in sizes of a bucket
-max_abs_logprob_diff nats, on the probe of a publication from a Megatron learner of two ranks to two embedded engines,
-                     as `pbsd train` does it, the larger of a dense model and a mixture of experts
+max_abs_logprob_diff nats, on random tokens after a publication as in `pbsd train`, from a Megatron learner of two ranks
+                     to two embedded engines; the larger of a dense model and a mixture of experts
 
 The model that is published is a synthetic mixture of experts in float32 on two learner ranks (tp 2, ep 2), and one
 engine that wants every tensor whole. What arrives is compared bit for bit.
@@ -21,18 +21,24 @@ import shutil
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from launcher.overrides import load_config
 from launcher.published_layouts import GPUS, KIMI_K2, PAIRS, SYNTHETIC, TINY_EXPERTS, TRILLION
 from launcher.publishing import Publication
-from megatron_pbsd.components import build
+from megatron_pbsd.components import start_engines, start_learner
+from megatron_pbsd.controller.runtime import open_runtime
 from megatron_pbsd.errors import UsageError
 from megatron_pbsd.models import family
 from megatron_pbsd.resharding.layouts import learner_layout, server_layout
 from megatron_pbsd.resharding.minimum import learner_maps, minimum, server_maps
 from megatron_pbsd.resharding.plan import make_plan
+from megatron_pbsd.resharding.publication import Publisher
+from megatron_pbsd.resharding.shared_memory import SharedFolder
 from megatron_pbsd.resharding.wire import stored_dtype, wire
 
 ROOT = Path(__file__).parents[2]
@@ -108,10 +114,21 @@ def agreement() -> dict[str, float]:
                   "moe": (_tiny_experts(Path(folder)), ["--learner.parallel.tp", "1", "--learner.parallel.ep", "2"])}
         for name, (path, layout) in models.items():
             config = load_config(ROOT / QUICKSTART, [
-                "--name", name, "--runs", folder, "--model.path", path, "--model.initial_weights", "random", *layout])
-            with build(config, resume=None) as run:
-                found[name] = run.rollout.publish(0)["weights/probe_max_abs"]
+                "--model.path", path, "--model.initial_weights", "random", *layout])
+            with ExitStack() as stack:
+                runtime = stack.enter_context(open_runtime(config.runtime, Path(folder) / name))
+                pool = stack.enter_context(SharedFolder())
+                learner, engines = start_learner(runtime, config), start_engines(runtime, config, pool)
+                learner.ready()
+                engines.ready()
+                publisher = Publisher(learner, engines, _probe(), tolerance=1.0)
+                stack.callback(publisher.close)
+                found[name] = publisher.publish(0)["weights/probe_max_abs"]
     return {"max_abs_logprob_diff": max(found.values()), "max_abs_logprob_diff_by_model": found}
+
+
+def _probe(sequences: int = 8, tokens: int = 64) -> list[list[int]]:
+    return np.random.default_rng(0).integers(TINY_EXPERTS["vocab_size"], size=(sequences, tokens)).tolist()
 
 
 def _tiny_experts(folder: Path) -> str:
