@@ -9,7 +9,7 @@ from collections.abc import Callable
 from math import prod
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -24,6 +24,11 @@ from megatron_pbsd.resharding.stream import SLOTS, Buckets, Parcel, Receiver, Se
 
 PARALLEL = ParallelConfig(world_size=2, tp=2, ep=2)
 COPIED_BYTES = 256 << 20
+
+
+class Took(NamedTuple):
+    seconds: float
+    processor_s: float
 
 
 class Publication:
@@ -50,19 +55,25 @@ class Publication:
             worker.close()
         self._buckets.close()
 
-    def publish(self) -> float:
-        """Seconds."""
+    def publish(self) -> Took:
+        """processor_s: of the side that has more to do, all ranks or the engine."""
         def gather(number: int) -> Callable[[], object]:
             waits = [rank.start("gather", number) for rank in self._ranks]
             return lambda: [wait() for wait in waits]
 
+        before = self._processor_s()
         started = time.perf_counter()
         overlapped(self.count, gather, lambda number: self._engine.start("load", number))
-        return time.perf_counter() - started
+        seconds = time.perf_counter() - started
+        *ranks, engine = (after - at for after, at in zip(self._processor_s(), before, strict=True))
+        return Took(seconds, max(sum(ranks), engine))
 
-    def memcpy(self) -> float:
-        """Bytes per second."""
-        return self._copier.start("copy")()
+    def memcpy(self) -> Took:
+        """Of as many bytes as are published."""
+        return Took(*(seconds * self.nbytes for seconds in self._copier.start("copy")()))
+
+    def _processor_s(self) -> list[float]:
+        return [worker.start("processor_s")() for worker in (*self._ranks, self._engine)]
 
     def check(self) -> None:
         """RuntimeError naming tensors of the engine that are not the learner's."""
@@ -121,6 +132,9 @@ class _Watched:
         Path("/proc/self/clear_refs").write_text("5")  # the maximum is forgotten
         self._before = _status("VmRSS") - _status("RssShmem")
 
+    def processor_s(self) -> float:
+        return time.process_time()
+
     def private_growth(self) -> int:
         """Shared memory is taken to have been mapped whole at the peak, as it is at the end."""
         return max(_status("VmHWM") - _status("RssShmem") - self._before, 0)
@@ -159,12 +173,13 @@ class _Copier(_Watched):
         self._source = torch.ones(COPIED_BYTES, dtype=torch.uint8)
         self._target = torch.zeros_like(self._source)
 
-    def copy(self, times: int = 4) -> float:
-        """Bytes per second that one thread copies between two blocks of memory, which no cache holds."""
-        started = time.perf_counter()
+    def copy(self, times: int = 4) -> Took:
+        """For each byte that one thread copies between two blocks of memory, which no cache holds."""
+        started, working = time.perf_counter(), time.process_time()
         for _ in range(times):
             self._target.copy_(self._source)
-        return times * COPIED_BYTES / (time.perf_counter() - started)
+        took = time.perf_counter() - started, time.process_time() - working
+        return Took(*(seconds / (times * COPIED_BYTES) for seconds in took))
 
 
 def _parcels(config: dict[str, Any], bucket_bytes: int) -> list[list[Parcel]]:
