@@ -44,7 +44,7 @@ MOONLIGHT = LATENT | {
 SYNTHETIC = QWEN3_MOE | {
     "hidden_size": 1024, "intermediate_size": 2048, "moe_intermediate_size": 512, "num_experts": 32,
     "num_hidden_layers": 6, "num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 64, "vocab_size": 8192}
-"""1.37 GB in float32."""
+"""1.34 GB in float32."""
 TINY_EXPERTS = QWEN3_MOE | {
     "hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 32, "num_experts": 8, "head_dim": 16,
     "num_experts_per_tok": 2, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,

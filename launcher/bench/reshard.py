@@ -97,8 +97,8 @@ def publication(config: dict[str, Any], bucket_bytes: int, rounds: int) -> dict[
             published.append(publishing.publish())
         extra = publishing.extra_bytes()
         publishing.check()
-        seconds, copy_s = (min(took.seconds for took in rounds) for rounds in (published, copied))
-        working_s, copy_working_s = (min(took.processor_s for took in rounds) for rounds in (published, copied))
+        seconds, copy_s = (min(took.seconds for took in each) for each in (published, copied))
+        working_s, copy_working_s = (min(took.processor_s for took in each) for each in (published, copied))
         return {
             "memcpy_ratio": round(copy_s / seconds, 3),
             "memcpy_ratio_processor": round(copy_working_s / working_s, 3),
