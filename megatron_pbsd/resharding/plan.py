@@ -224,23 +224,21 @@ def make_plan(
 
 def _cells(source: Layout, target: Layout, held: str, wanted: str, bucket_bytes: int) -> Iterator[Cell]:
     """Of each target slot, what the distinct boxes of the source's slots have in common with it."""
-    boxes: dict[str, dict[tuple[tuple[int, int], ...], list[Slot]]] = {}
+    boxes: dict[Kind, dict[tuple[tuple[int, int], ...], list[Slot]]] = {}
     for slot in source.slots:
-        boxes.setdefault(slot.kind.name, {}).setdefault(tuple((s.start, s.stop) for s in slot.box), []).append(slot)
-    found: dict[str, list[tuple[Box, tuple[Slot, ...], Slot]]] = {}
+        boxes.setdefault(slot.kind, {}).setdefault(tuple((s.start, s.stop) for s in slot.box), []).append(slot)
+    found: dict[Kind, list[tuple[Box, tuple[Slot, ...], Slot]]] = {}
     for slot in target.slots:
-        parts = [(common, tuple(holders), slot) for key, holders in boxes.get(slot.kind.name, {}).items()
+        parts = [(common, tuple(holders), slot) for key, holders in boxes.get(slot.kind, {}).items()
                  if (common := intersection(tuple(slice(*span) for span in key), slot.box))]
         have, need = sum(size(box) for box, _, _ in parts), size(slot.box)
         if have != need:
             raise ValueError(f"{slot.kind.name}: the source has {have} elements of the {need} in {slot.box} that "
                              f"{slot.parameter} of the target needs; both layouts must be of one model")
-        found.setdefault(slot.kind.name, []).extend(parts)
-    for parts in found.values():
-        kind = parts[0][2].kind
-        sent = wire(stored_dtype(kind.name, kind.shape, held), target_type := stored_dtype(
-            kind.name, kind.shape, wanted), target_type == FLOAT8 and all(
-                whole_blocks(box, kind.shape) for box, _, _ in parts))
+        found.setdefault(slot.kind, []).extend(parts)
+    for kind, parts in found.items():
+        dtypes = [stored_dtype(kind.name, kind.shape, dtype) for dtype in (held, wanted)]
+        sent = wire(*dtypes, dtypes[1] == FLOAT8 and all(whole_blocks(box, kind.shape) for box, _, _ in parts))
         for box, holders, slot in parts:
             for part in _fitting(box, sent, bucket_bytes):
                 yield Cell(part, holders, slot, sent, sent.nbytes(part))
@@ -272,17 +270,15 @@ class _Rows:
         self.groups: list[Group] = []
         self.candidates: list[Numbers] = []
         self.links: list[Link] = []
+        self._groups_of: dict[Kind, list[Group]] = {}
         self._group_numbers: dict[Group, int] = {}
         self._candidate_numbers: dict[tuple[Link, bytes], int] = {}
-        self._wanted: dict[tuple, Numbers] = {}
         self._nearest: dict[tuple[bytes, bytes], Numbers] = {}
 
     def add(self, number: int, cell: Cell) -> None:
-        kind = cell.kind
-        layers = [(0,)] if kind.layers is None else [
-            common for group in self._layers if (common := tuple(i for i in group if i in set(kind.layers)))]
-        experts = [(0,)] if kind.experts is None else self._experts
-        for group in (Group(*parts) for parts in product(layers, experts)):
+        if cell.kind not in self._groups_of:
+            self._groups_of[cell.kind] = self._split(cell.kind)
+        for group in self._groups_of[cell.kind]:
             if group not in self._group_numbers:
                 self._group_numbers[group] = len(self.groups)
                 self.groups.append(group)
@@ -292,6 +288,13 @@ class _Rows:
             nearest = self._candidates(held, targets)
             self.table.append(np.stack(np.broadcast_arrays(
                 number, self._group_numbers[group], targets, nearest, group.count)))
+
+    def _split(self, kind: Kind) -> list[Group]:
+        own = set(kind.layers or ())
+        layers = [(0,)] if kind.layers is None else [
+            common for group in self._layers if (common := tuple(i for i in group if i in own))]
+        experts = [(0,)] if kind.experts is None else self._experts
+        return [Group(*parts) for parts in product(layers, experts)]
 
     def _candidates(self, held: Numbers, targets: Numbers) -> Numbers:
         """For each target the number of the set of ranks, of those that hold a cell, that are nearest to it."""
