@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import pytest
 
 from launcher.bench import reshard
@@ -26,6 +24,4 @@ def test_nothing_is_moved_that_need_not_be():
 
 def test_a_trillion_parameters_are_planned_in_ten_seconds():
     """Of processor time, which other work on the machine prolongs less."""
-    started = time.process_time()
-    found = reshard.planning()
-    assert (time.process_time() - started) / len(found["plan_1t_s_by_layout"]) < 10
+    assert reshard.planning()["plan_1t_processor_s"] < 10
