@@ -96,6 +96,12 @@ def parser() -> argparse.ArgumentParser:
                                   allow_abbrev=False)
     add_commands(command, convert.add_subparsers(dest="action", required=True, metavar="ACTION"))
 
+    reshard = command(commands, "reshard-plan", "show how new weights get from the learner to the engines",
+                      _reshard_plan, epilog="Any key of CONFIG can be set on top, and the engines and links that are "
+                      "planned for: --target.tp 16 --links.network_gb_s 25; docs/resharding.md lists them.")
+    reshard.add_argument("config", metavar="CONFIG", help="YAML file")
+    reshard.add_argument("--json", action="store_true", help="print one line")
+
     simulate = command(commands, "simulate", "compare rollout policies on a simulated cluster", _simulate,
                        epilog="Any key of the workload can be set on top, e.g. --requests.correlation 0.5 --seeds 1.")
     simulate.add_argument("workload", metavar="WORKLOAD", help="YAML file, see configs/workloads")
@@ -122,7 +128,7 @@ class _Parser(argparse.ArgumentParser):
 def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     """(command line, overrides). Of commands that read a configuration, every unknown `--flag` is an override."""
     command = " ".join(argv[:2] if argv[:1] == ["config"] else argv[:1])
-    if command not in ("train", "evaluate", "simulate", "bench", "config check", "config show"):
+    if command not in ("train", "evaluate", "simulate", "bench", "reshard-plan", "config check", "config show"):
         return list(argv), []
     rest, overrides, remaining = [], [], list(argv)
     while remaining:
@@ -247,6 +253,18 @@ def _checkpoint_verify(arguments: argparse.Namespace) -> int:
     results = verified(arguments.folder)
     print_verified(results, arguments.json)
     return FAILED if any(results.values()) else DONE
+
+
+def _reshard_plan(arguments: argparse.Namespace) -> None:
+    import json
+
+    from launcher.reshard_plan import print_summary, summary
+
+    found = summary(arguments.config, arguments.overrides)
+    if arguments.json:
+        print(json.dumps(found))
+    else:
+        print_summary(found)
 
 
 def _simulate(arguments: argparse.Namespace) -> None:

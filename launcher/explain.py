@@ -6,13 +6,16 @@ import difflib
 import json
 import re
 from collections.abc import Sequence
-from typing import Any, get_origin
+from typing import Any, TypeVar, get_origin
 
+from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from launcher.schema import describe, fields_at, known_keys, models_of, tag_of
 from launcher.sources import KeyPath, Problem, Settings
 from megatron_pbsd.errors import did_you_mean
+
+Chosen = TypeVar("Chosen", bound=BaseModel)
 
 
 def locate(loc: Sequence[str | int]) -> tuple[KeyPath, str | int | None]:
@@ -54,6 +57,27 @@ def explain(detail: ErrorDetails, settings: Settings) -> list[Problem]:
             place = f" (element {inside + 1})" if isinstance(inside, int) else f" (key {inside!r})" if inside else ""
             message = f"expected {_expected(path)}{place}{_nearest(detail)}"
     return [Problem(dotted, setting, source, message)]
+
+
+def validated(section: type[Chosen], settings: Settings) -> tuple[Chosen | None, list[Problem]]:
+    """Settings that are no run's, such as a workload: the section that they make, or None, and all problems."""
+    problems = list(settings.problems)
+    try:
+        return section.model_validate(settings.values), problems
+    except ValidationError as error:
+        for detail in error.errors():
+            key = tuple(map(str, detail["loc"]))
+            message = detail["msg"] if detail["type"] != "extra_forbidden" else (
+                "unknown key" + did_you_mean(key[-1], _keys(section, key[:-1])))
+            setting = ".".join(key) if detail["type"] == "missing" else f"{'.'.join(key)} = {shown(detail['input'])}"
+            problems.append(Problem(".".join(key), setting, settings.source(key), message))
+        return None, problems
+
+
+def _keys(section: Any, path: Sequence[str]) -> list[str]:
+    for key in path:
+        section = section.model_fields[key].annotation if key in getattr(section, "model_fields", {}) else None
+    return list(getattr(section, "model_fields", {}))
 
 
 def shown(value: Any) -> str:

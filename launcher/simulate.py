@@ -6,11 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
-from launcher.explain import shown
-from launcher.sources import ConfigError, Problem, apply_overrides, read_yaml
-from megatron_pbsd.errors import did_you_mean
+from launcher.explain import validated
+from launcher.sources import ConfigError, apply_overrides, read_yaml
 from megatron_pbsd.simulation.workload import Workload
 
 
@@ -18,26 +15,10 @@ def load_workload(path: str | Path, overrides: Sequence[str] = ()) -> Workload:
     """ConfigError lists all problems."""
     settings = read_yaml(Path(path))
     apply_overrides(settings, overrides)
-    problems = list(settings.problems)
-    try:
-        workload = Workload.model_validate(settings.values)
-    except ValidationError as error:
-        for detail in error.errors():
-            key = tuple(map(str, detail["loc"]))
-            message = detail["msg"] if detail["type"] != "extra_forbidden" else (
-                "unknown key" + did_you_mean(key[-1], _keys(key[:-1])))
-            setting = ".".join(key) if detail["type"] == "missing" else f"{'.'.join(key)} = {shown(detail['input'])}"
-            problems.append(Problem(".".join(key), setting, settings.source(key), message))
-    if problems:
+    workload, problems = validated(Workload, settings)
+    if problems or workload is None:
         raise ConfigError(path, problems)
     return workload
-
-
-def _keys(path: Sequence[str]) -> list[str]:
-    section: Any = Workload
-    for key in path:
-        section = section.model_fields[key].annotation if key in getattr(section, "model_fields", {}) else None
-    return list(getattr(section, "model_fields", {}))
 
 
 def print_results(results: dict[str, Any]) -> None:

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PURE = ["trajectory.py", "batch.py", "config", "kl.py", "errors.py", "algorithms", "environments", "models"]
+PURE = ["trajectory.py", "batch.py", "config", "kl.py", "errors.py", "algorithms", "environments", "models",
+        "boxes.py", "resharding"]
 
 
 def test_import_contracts():

@@ -26,8 +26,8 @@ from typing import Any
 import torch
 from isal.isal_zlib import crc32
 
+from megatron_pbsd.boxes import Box, intersection, relative
 from megatron_pbsd.checkpointing import archive
-from megatron_pbsd.checkpointing.boxes import Box, intersection, relative
 from megatron_pbsd.checkpointing.errors import CheckpointError, named
 from megatron_pbsd.checkpointing.files import HashedFile, MappedFile, write_synced
 from megatron_pbsd.checkpointing.torch_dist_index import Entry, Stored, read_index, tiling_problem, write_index

@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from megatron_pbsd.checkpointing.boxes import Box, intersection
+from megatron_pbsd.boxes import Box, intersection
 from megatron_pbsd.checkpointing.errors import CheckpointError
 from megatron_pbsd.checkpointing.files import write_synced
 

@@ -12,7 +12,7 @@ from math import prod
 
 import torch
 
-from megatron_pbsd.checkpointing.boxes import Box, intersection, relative
+from megatron_pbsd.boxes import Box, intersection, relative
 from megatron_pbsd.models.dist_checkpoint import Place
 from megatron_pbsd.models.parameters import Piece
 

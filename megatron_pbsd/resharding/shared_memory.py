@@ -53,14 +53,19 @@ def attach(manifest: WeightsManifest) -> dict[str, torch.Tensor]:
 
     ValueError when the segment is gone or too short.
     """
-    path = ROOT / manifest.segment
-    if not path.is_file():
-        raise ValueError(f"shared-memory segment {manifest.segment!r} does not exist")
-    size = path.stat().st_size
-    if size < manifest.nbytes:
-        raise ValueError(f"shared-memory segment {manifest.segment!r} has {size} bytes, expected {manifest.nbytes}")
-    flat = torch.from_file(str(path), shared=True, size=manifest.nbytes, dtype=torch.uint8)
+    flat = mapped(manifest.segment, manifest.nbytes)
     return {entry.name: view(flat, entry) for entry in manifest.entries}
+
+
+def mapped(segment: str, nbytes: int) -> torch.Tensor:
+    """The first bytes of a segment, uint8 [nbytes]. ValueError when it is gone or too short."""
+    path = ROOT / segment
+    if not path.is_file():
+        raise ValueError(f"shared-memory segment {segment!r} does not exist")
+    size = path.stat().st_size
+    if size < nbytes:
+        raise ValueError(f"shared-memory segment {segment!r} has {size} bytes, expected {nbytes}")
+    return torch.from_file(str(path), shared=True, size=nbytes, dtype=torch.uint8)
 
 
 def _sweep() -> None:

@@ -12,7 +12,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 import xxhash
 
-from megatron_pbsd.checkpointing.boxes import Box
+from megatron_pbsd.boxes import Box
 from megatron_pbsd.checkpointing.errors import CheckpointError
 from megatron_pbsd.checkpointing.hf_folder import raw
 

@@ -13,7 +13,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from megatron_pbsd.checkpointing.boxes import Box
+from megatron_pbsd.boxes import Box
 from megatron_pbsd.checkpointing.conversion.locate import (
     TRACKER,
     changed_index,

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from megatron_pbsd.checkpointing.boxes import Box
+from megatron_pbsd.boxes import Box
 from megatron_pbsd.checkpointing.conversion.locate import (
     changed_index,
     locate,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 
 Box = tuple[slice, ...]
 
@@ -16,3 +17,8 @@ def intersection(a: Box, b: Box) -> Box | None:
 def relative(box: Box, origin: Sequence[int]) -> Box:
     """The same elements in a tensor that begins at `origin`."""
     return tuple(slice(s.start - o, s.stop - o) for s, o in zip(box, origin, strict=True))
+
+
+def size(box: Box) -> int:
+    """Elements in it; its slices have a step of 1."""
+    return prod(s.stop - s.start for s in box)
