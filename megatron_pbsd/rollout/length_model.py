@@ -19,12 +19,17 @@ PRIOR_WEIGHT = 20
 """Observations that the assumed variances count as."""
 WITHIN, BETWEEN = 0.6 ** 2, 0.8 ** 2
 """Assumed variances of log lengths within a group, and of groups' means."""
+RISK = 0.07
+"""The length that so many of those like it exceed is what a request will likely come to."""
 LASTING = 0.5
 """One that has come so far goes on for at least this part of it, whatever its siblings did."""
 NEWS = 0.2
 """How much farther (in log tokens) than its siblings a request has to come for its group to be estimated anew."""
 GROWTH = 1.1
 """How much more has to have finished for the population to be estimated anew, which so costs O(1) per request."""
+TELLING = 0.3
+"""Part of the requests begun that has to have finished before the others' progress counts: from the shortest alone,
+how long the longest are cannot be told. Until then the mean is that of those that have."""
 SWEEPS = 3
 STANDARD = NormalDist()
 
@@ -42,8 +47,9 @@ class _Group:
 class LengthModel:
     """limit: most tokens of a request. prior: group → length in an earlier epoch, which counts as one observation.
 
-    What is predicted is the length that one of all requests of the rollout is likely to exceed: it ends with its last
-    request, and being late with a long one costs more than being early with many short ones.
+    What is predicted is the mean of two lengths: that which few like it exceed, and that which one of all requests of
+    the rollout exceeds, because it ends with the last of them, and being late with a long one costs more than being
+    early with many short ones.
     """
 
     def __init__(self, limit: int, prior: Mapping[str, int] | None = None):
@@ -77,7 +83,7 @@ class LengthModel:
     def reached(self, group_id: str, request_id: str, tokens: int) -> bool:
         """It has so many tokens and goes on. Returns whether that says something new about its siblings."""
         group, reached = self._groups[group_id], log(tokens)
-        self._population.reached(group.running[request_id], reached)
+        self._population.reached(group.running.get(request_id, 0.0), reached)
         group.running[request_id] = reached
         surprising = group.estimate is not None and reached > max(group.estimate[0], group.farthest + NEWS)
         if surprising:
@@ -116,13 +122,17 @@ class LengthModel:
         if not self.known(group_id):
             return room
         mean, deviation = self._estimated(self._group(group_id))
-        longer = 1 / self._requests
-        if tokens:
-            longer *= erfc((log(tokens) - mean) / (deviation * sqrt(2))) / 2
-        if longer < 1e-12:
-            return min(LASTING * tokens, room)
-        total = exp(min(mean - deviation * STANDARD.inv_cdf(longer), 50.0))
-        return min(max(total - tokens, LASTING * tokens), room)
+        beyond = erfc((log(tokens) - mean) / (deviation * sqrt(2))) / 2 if tokens else 1.0
+        return (self._exceeded(RISK * beyond, mean, deviation, tokens)
+                + self._exceeded(beyond * min(RISK, 1 / self._requests), mean, deviation, tokens)) / 2
+
+    def _exceeded(self, chance: float, mean: float, deviation: float, tokens: int) -> float:
+        """Tokens beyond those it has up to the length that is exceeded with this chance."""
+        least, room = LASTING * tokens, self._limit - tokens
+        if chance < 1e-12:
+            return min(least, room)
+        total = exp(min(mean - deviation * STANDARD.inv_cdf(chance), 50.0))
+        return min(max(total - tokens, least), room)
 
     @property
     def within(self) -> float:
@@ -166,7 +176,8 @@ class _Population:
     def reached(self, before: float, now: float) -> None:
         if before:
             self._going[int(8 * before)] -= 1
-        self._going[int(8 * now)] += 1
+        if now:
+            self._going[int(8 * now)] += 1
 
     def finished(self, reached: float, length: float) -> None:
         """At the limit it might have gone on."""
@@ -179,11 +190,14 @@ class _Population:
             self._estimate()
 
     def _estimate(self) -> None:
+        """Twenty rounds: each estimate begins with the last."""
         ended = [((bin_ + 0.5) / 8, count) for bin_, count in self._ended.items()]
         going = [((bin_ + 0.5) / 8, count) for bin_, count in self._going.items() if count > 0]
-        weight = sum(count for _, count in ended) + sum(count for _, count in going)
-        if not (ended and going):
-            return  # those that end before any other has shown how far it is are the shortest of all
+        over = sum(count for _, count in ended)
+        weight = over + sum(count for _, count in going)
+        if over < TELLING * weight:
+            self.mean = sum(x * count for x, count in ended) / over if over else self._limit
+            return
         for _ in range(20):
             deviation = sqrt(self.variance)
             above = [(_mean_above(x, self.mean, deviation), x, count) for x, count in going]
