@@ -107,7 +107,7 @@ class LengthModel:
         return group.finished & (group.finished - 1) == 0
 
     def _calibrate(self, group: _Group, tokens: int) -> None:
-        mean, deviation = self._estimated(group)
+        mean, _ = self._estimated(group)
         self.calibration.add(min(exp(min(mean, 50.0)), self._limit), tokens)
 
     def _estimated(self, group: _Group) -> tuple[float, float]:
