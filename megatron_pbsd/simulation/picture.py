@@ -42,7 +42,8 @@ def write_picture(experiment: Experiment, path: str | Path) -> None:
     Path(path).write_text(
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>{style}</style>'
         f'</head><body><main><h1>{title}</h1><p class="lead">{len(experiment.jobs[0]):,} requests on '
-        f"{experiment.workload.engines} engines; each row is an engine, its colour the stronger the more of its KV memory is in use"
+        f"{experiment.workload.engines} engines; each row is an engine, its colour the stronger "
+        "the more of its KV memory is in use"
         f'</p>{"".join(cards)}</main><div id="tip"></div><script>{script}</script></body></html>', encoding="utf-8")
 
 
