@@ -123,8 +123,10 @@ class LengthModel:
             return room
         mean, deviation = self._estimated(self._group(group_id))
         beyond = erfc((log(tokens) - mean) / (deviation * sqrt(2))) / 2 if tokens else 1.0
-        return (self._exceeded(RISK * beyond, mean, deviation, tokens)
-                + self._exceeded(beyond * min(RISK, 1 / self._requests), mean, deviation, tokens)) / 2
+        likely = self._exceeded(RISK * beyond, mean, deviation, tokens)
+        if likely >= room:
+            return room
+        return (likely + self._exceeded(min(RISK, 1 / self._requests) * beyond, mean, deviation, tokens)) / 2
 
     def _exceeded(self, chance: float, mean: float, deviation: float, tokens: int) -> float:
         """Tokens beyond those it has up to the length that is exceeded with this chance."""
