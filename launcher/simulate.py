@@ -22,13 +22,14 @@ def load_workload(path: str | Path, overrides: Sequence[str] = ()) -> Workload:
 
 
 def print_results(results: dict[str, Any]) -> None:
-    rows = [("policy", "throughput", "published", "total s", "published", "tail s", "published", "idle", "gap closed",
-             "preempted", "moved")]
+    rows = [("policy", "throughput", "published", "total s", "published", "tail s", "published", "tail cut", "idle",
+             "gap closed", "preempted", "moved")]
     for name, row in results["policies"].items():
         published = row.get("published", {})
         rows.append((name, f"{row['throughput_rel']:.2f}", _number(published.get("throughput_rel"), ".2f"),
                      f"{row['total_s']:,.0f}", _number(published.get("total_s"), ",.0f"),
-                     f"{row['tail_s']:,.0f}", _number(published.get("tail_s"), ",.0f"), f"{row['idle']:.1%}",
+                     f"{row['tail_s']:,.0f}", _number(published.get("tail_s"), ",.0f"),
+                     f"{1 - row['tail_rel']:.1%}", f"{row['idle']:.1%}",
                      _number(row.get("gap_closed"), ".1%"), f"{row['preemptions']:,.0f}", f"{row['moves']:,.0f}"))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for row in rows:

@@ -1,12 +1,13 @@
 """How long a request will still be: a hierarchical model of lengths, learned while the rollout runs.
 
-The logarithm of a length is normal around its group's mean, and the groups' means are normal around that of all. A
-group's mean is estimated from the members that have finished and, since those that finish first are the short ones,
-also from how far the others have come (censored observations, by expectation-maximisation).
+The logarithm of a length is normal around its group's mean, and the groups' means are normal around that of all. Those
+that finish first are the short ones, so that both are estimated also from how far the others have come (censored
+observations, by expectation-maximisation).
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import erfc, exp, log, pi, sqrt
@@ -15,16 +16,20 @@ from statistics import NormalDist
 from megatron_pbsd.rollout.length_context import Calibration
 
 PRIOR_WEIGHT = 20
-"""Observations that the assumed variances count as, beside those of groups that have finished."""
+"""Observations that the assumed variances count as."""
 WITHIN, BETWEEN = 0.6 ** 2, 0.8 ** 2
 """Assumed variances of log lengths within a group, and of groups' means."""
 RISK = 0.07
-"""A request is taken to be as long as this part of those like it exceed: being late with a long one costs more than
-being early with a short one."""
+"""The length that so many of those like it exceed is what a request will likely come to."""
 LASTING = 0.5
 """One that has come so far goes on for at least this part of it, whatever its siblings did."""
 NEWS = 0.2
 """How much farther (in log tokens) than its siblings a request has to come for its group to be estimated anew."""
+GROWTH = 1.1
+"""How much more has to have finished for the population to be estimated anew, which so costs O(1) per request."""
+TELLING = 0.3
+"""Part of the requests begun that has to have finished before the others' progress counts: from the shortest alone,
+how long the longest are cannot be told. Until then the mean is that of those that have."""
 SWEEPS = 3
 STANDARD = NormalDist()
 
@@ -40,15 +45,20 @@ class _Group:
 
 
 class LengthModel:
-    """limit: most tokens of a request. prior: group → length in an earlier epoch, which counts as one observation."""
+    """limit: most tokens of a request. prior: group → length in an earlier epoch, which counts as one observation.
+
+    What is predicted is the mean of two lengths: that which few like it exceed, and that which one of all requests of
+    the rollout exceeds, because it ends with the last of them, and being late with a long one costs more than being
+    early with many short ones.
+    """
 
     def __init__(self, limit: int, prior: Mapping[str, int] | None = None):
         self._limit = limit
         self._groups: dict[str, _Group] = {}
         self._prior = {group: log(tokens) for group, tokens in (prior or {}).items()}
-        self._within = _Variance(WITHIN)
-        self._between = _Variance(BETWEEN)
-        self._count, self._mean = 0, 0.0
+        self._requests = 1
+        self._population = _Population(log(limit))
+        self._within, self._within_count = WITHIN * PRIOR_WEIGHT, PRIOR_WEIGHT
         self.calibration = Calibration()
 
     def _group(self, group_id: str) -> _Group:
@@ -57,18 +67,24 @@ class LengthModel:
             group = self._groups[group_id] = _Group()
             if (earlier := self._prior.get(group_id)) is not None:
                 group.finished, group.total, group.squares = 1, earlier, earlier * earlier
+                self._population.finished(0.0, earlier)
         return group
 
     def known(self, group_id: str) -> bool:
         return group_id in self._prior or ((group := self._groups.get(group_id)) is not None and group.finished > 0)
+
+    def submitted(self) -> None:
+        """There is one more request."""
+        self._requests += 1
 
     def started(self, group_id: str, request_id: str) -> None:
         self._group(group_id).running.setdefault(request_id, 0.0)
 
     def reached(self, group_id: str, request_id: str, tokens: int) -> bool:
         """It has so many tokens and goes on. Returns whether that says something new about its siblings."""
-        group = self._groups[group_id]
-        group.running[request_id] = reached = log(tokens)
+        group, reached = self._groups[group_id], log(tokens)
+        self._population.reached(group.running.get(request_id, 0.0), reached)
+        group.running[request_id] = reached
         surprising = group.estimate is not None and reached > max(group.estimate[0], group.farthest + NEWS)
         if surprising:
             group.estimate, group.farthest = None, reached
@@ -77,22 +93,27 @@ class LengthModel:
     def finished(self, group_id: str, request_id: str, tokens: int) -> bool:
         """It is over. Returns whether that says something new about its siblings: the first does, the second, the
         fourth and so on, as the n-th moves a mean by an n-th."""
-        if self.known(group_id):
-            self.calibration.add(self.remaining(group_id, 0), tokens)
         group, length = self._group(group_id), log(max(tokens, 1))
-        group.running.pop(request_id, None)
+        if self.known(group_id):
+            self._calibrate(group, tokens)
+        self._population.finished(group.running.pop(request_id, 0.0), length)
         group.finished += 1
         group.total += length
         group.squares += length * length
         group.estimate = None
-        self._count += 1
-        self._mean += (length - self._mean) / self._count
         if not group.running and group.finished > 1:
-            mean = group.total / group.finished
-            spread = max(0.0, group.squares - group.total * mean)
-            self._within.add(spread, group.finished - 1)
-            self._between.add((mean - self._mean) ** 2, 1)
+            self._within += max(0.0, group.squares - group.total ** 2 / group.finished)
+            self._within_count += group.finished - 1
         return group.finished & (group.finished - 1) == 0
+
+    def _calibrate(self, group: _Group, tokens: int) -> None:
+        mean, _ = self._estimated(group)
+        self.calibration.add(min(exp(min(mean, 50.0)), self._limit), tokens)
+
+    def _estimated(self, group: _Group) -> tuple[float, float]:
+        if group.estimate is None:
+            group.estimate = self._estimate(group)
+        return group.estimate
 
     def remaining(self, group_id: str, tokens: int) -> float:
         """Tokens a member that has so many is likely to still need at most; of a group about which nothing is known,
@@ -100,22 +121,34 @@ class LengthModel:
         room = self._limit - tokens
         if not self.known(group_id):
             return room
-        group = self._group(group_id)
-        if group.estimate is None:
-            group.estimate = self._estimate(group)
-        mean, deviation = group.estimate
-        longer = RISK
-        if tokens:
-            longer *= erfc((log(tokens) - mean) / (deviation * sqrt(2))) / 2
-        if longer < 1e-12:
-            return min(LASTING * tokens, room)
-        total = exp(min(mean - deviation * STANDARD.inv_cdf(longer), 50.0))
-        return min(max(total - tokens, LASTING * tokens), room)
+        mean, deviation = self._estimated(self._group(group_id))
+        beyond = erfc((log(tokens) - mean) / (deviation * sqrt(2))) / 2 if tokens else 1.0
+        likely = self._exceeded(RISK * beyond, mean, deviation, tokens)
+        if likely >= room:
+            return room
+        return (likely + self._exceeded(min(RISK, 1 / self._requests) * beyond, mean, deviation, tokens)) / 2
+
+    def _exceeded(self, chance: float, mean: float, deviation: float, tokens: int) -> float:
+        """Tokens beyond those it has up to the length that is exceeded with this chance."""
+        least, room = LASTING * tokens, self._limit - tokens
+        if chance < 1e-12:
+            return min(least, room)
+        total = exp(min(mean - deviation * STANDARD.inv_cdf(chance), 50.0))
+        return min(max(total - tokens, least), room)
+
+    @property
+    def within(self) -> float:
+        """Variance of log lengths within a group."""
+        return max(self._within / self._within_count, 1e-4)
+
+    @property
+    def between(self) -> float:
+        """Variance of groups' means: what of all variance is not within groups."""
+        return max(self._population.variance - self.within, 1e-3)
 
     def _estimate(self, group: _Group) -> tuple[float, float]:
         """Mean and standard deviation of the log length of one more member."""
-        within, between = self._within.value, self._between.value
-        population = self._mean if self._count else group.total / group.finished
+        within, between, population = self.within, self.between, self._population.mean
         deviation = sqrt(within)
 
         def mean(count: int, total: float) -> float:
@@ -131,19 +164,52 @@ class LengthModel:
         return middle, sqrt(within + 1 / (1 / between + group.finished / within))
 
 
-class _Variance:
-    """A mean of squares that begins as an assumption."""
+class _Population:
+    """Mean and variance of all log lengths: normal, those still running known to be longer than they are (Tobit's
+    model, by expectation-maximisation). Counts are kept in bins of an eighth."""
 
-    def __init__(self, assumed: float):
-        self._sum, self._count = assumed * PRIOR_WEIGHT, PRIOR_WEIGHT
+    def __init__(self, limit: float):
+        self._limit = limit
+        self._ended: Counter[int] = Counter()
+        self._going: Counter[int] = Counter()
+        self._count, self._due = 0, 1.0
+        self.mean, self.variance = limit, WITHIN + BETWEEN
 
-    def add(self, squares: float, count: int) -> None:
-        self._sum += squares
-        self._count += count
+    def reached(self, before: float, now: float) -> None:
+        if before:
+            self._going[int(8 * before)] -= 1
+        if now:
+            self._going[int(8 * now)] += 1
 
-    @property
-    def value(self) -> float:
-        return max(self._sum / self._count, 1e-4)
+    def finished(self, reached: float, length: float) -> None:
+        """At the limit it might have gone on."""
+        if reached:
+            self._going[int(8 * reached)] -= 1
+        (self._going if length >= self._limit else self._ended)[int(8 * length)] += 1
+        self._count += 1
+        if self._count >= self._due:
+            self._due = self._count * GROWTH
+            self._estimate()
+
+    def _estimate(self) -> None:
+        """Twenty rounds: each estimate begins with the last."""
+        ended = [((bin_ + 0.5) / 8, count) for bin_, count in self._ended.items()]
+        going = [((bin_ + 0.5) / 8, count) for bin_, count in self._going.items() if count > 0]
+        over = sum(count for _, count in ended)
+        weight = over + sum(count for _, count in going)
+        if over < TELLING * weight:
+            self.mean = sum(x * count for x, count in ended) / over if over else self._limit
+            return
+        for _ in range(20):
+            deviation = sqrt(self.variance)
+            above = [(_mean_above(x, self.mean, deviation), x, count) for x, count in going]
+            mean = (sum(x * count for x, count in ended) + sum(m * count for m, _, count in above)) / weight
+            # E[(y - mean)²] of a normal y above x, from its mean m above x: variance + (m - mean)(x - mean)
+            squares = sum((x - mean) ** 2 * count for x, count in ended) + sum(
+                (self.variance + (m - self.mean) * (x - self.mean) + (self.mean - mean) * (2 * m - self.mean - mean))
+                * count for m, x, count in above)
+            self.mean = mean
+            self.variance = (squares + (WITHIN + BETWEEN) * PRIOR_WEIGHT) / (weight + PRIOR_WEIGHT)
 
 
 def _mean_above(bound: float, mean: float, deviation: float) -> float:

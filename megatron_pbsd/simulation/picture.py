@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import html
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from megatron_pbsd.simulation.cost import cost_model
 from megatron_pbsd.simulation.engine import SimulatedEngine
 from megatron_pbsd.simulation.experiment import Experiment
 
-COLOURS = ("other", "reward", "evaluation", "rollout", "train", "weights", "log_probs", "checkpoint", "accent")
+COLOURS = ("other", "reward", "checkpoint", "log_probs", "train", "ink", "weights", "evaluation", "rollout")
 """The report's, as CSS variables."""
 WIDTH, COLUMNS, SHADES = 1160, 240, 8
 
@@ -29,7 +30,8 @@ def write_picture(experiment: Experiment, path: str | Path) -> None:
     capacity = cost_model(experiment.workload).kv_tokens
     colours = {name: f"var(--{COLOURS[i % len(COLOURS)]})" for i, name in enumerate(first)}
     results = experiment.results()["policies"]
-    cards = [_card("Unfinished requests", _legend(colours), _tail_curve(first, colours, end))]
+    cards = [_card("Unfinished requests", _legend(colours), _tail_curve(first, colours, end, 1.0)),
+             _card("The last tenth of them", _legend(colours), _tail_curve(first, colours, end, 0.1))]
     for name, outcome in first.items():
         note = (f"{number(outcome.total_s)} s, of which the last tenth of the requests {number(outcome.tail_s)} s; "
                 f"idle {percent(outcome.idle)}; throughput {results[name]['throughput_rel']:.2f}")
@@ -40,7 +42,8 @@ def write_picture(experiment: Experiment, path: str | Path) -> None:
     Path(path).write_text(
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>{style}</style>'
         f'</head><body><main><h1>{title}</h1><p class="lead">{len(experiment.jobs[0]):,} requests on '
-        f"{experiment.workload.engines} engines; each row is an engine, the darker the more of its KV memory is in use"
+        f"{experiment.workload.engines} engines; each row is an engine, its colour the stronger "
+        "the more of its KV memory is in use"
         f'</p>{"".join(cards)}</main><div id="tip"></div><script>{script}</script></body></html>', encoding="utf-8")
 
 
@@ -54,18 +57,23 @@ def _legend(colours: dict[str, str]) -> str:
         for name, colour in colours.items()) + "</div>"
 
 
-def _tail_curve(outcomes: dict[str, Outcome], colours: dict[str, str], end: float) -> str:
-    frame = Frame(WIDTH, 300, (0.0, end), (0.0, 1.0))
+def _tail_curve(outcomes: dict[str, Outcome], colours: dict[str, str], end: float, most: float) -> str:
+    """Up to `most` of the requests; a dot where the last is over."""
+    frame = Frame(WIDTH, 300, (0.0, end), (0.0, most))
     times = np.linspace(0.0, end, COLUMNS + 1)
     tips: list[list[object]] = [[frame.px(time), f"{number(time)} s"] for time in times]
     parts = [f'<line class="grid" x1="{LEFT}" x2="{frame.px(end)}" y1="{frame.py(y)}" y2="{frame.py(y)}"/>'
              f'<text class="tick" x="{LEFT - 8}" y="{frame.py(y) + 3.5}" text-anchor="end">{percent(y)}</text>'
-             for y in (0.0, 0.25, 0.5, 0.75, 1.0)]
+             for y in (0.0, most / 4, most / 2, most * 3 / 4, most)]
     for name, outcome in outcomes.items():
         finished = np.sort(np.array(list(outcome.finished.values())))
         left = 1 - np.searchsorted(finished, times, side="right") / len(finished)
-        path = "M" + " L".join(f"{frame.px(x)} {frame.py(y)}" for x, y in zip(times, left, strict=True))
-        parts.append(f'<path style="fill:none;stroke:{colours[name]};stroke-width:2" d="{path}"/>')
+        begins = finished[max(0, math.ceil((1 - most) * len(finished)) - 1)] if most < 1 else 0.0
+        shown = [(x, y) for x, y in zip(times, left, strict=True) if begins < x < finished[-1]]
+        corners = [(begins, most), *shown, (finished[-1], 0.0)]
+        path = "M" + " L".join(f"{frame.px(x)} {frame.py(y)}" for x, y in corners)
+        parts.append(f'<path style="fill:none;stroke:{colours[name]};stroke-width:2" d="{path}"/>'
+                     f'<circle cx="{frame.px(finished[-1])}" cy="{frame.py(0.0)}" r="4" fill="{colours[name]}"/>')
         for tip, share in zip(tips, left, strict=True):
             tip.append(f"{name} {percent(share)}")
     return _figure("Unfinished requests", frame, parts, tips)
@@ -94,6 +102,14 @@ def _engines(outcome: Outcome, end: float, capacity: int) -> str:
             paths[shades[start]].append(f"M{x:.1f} {TOP + line * row}h{long:.1f}v{row - 1}h{-long:.1f}z")
     parts = [f'<path style="fill:var(--accent);fill-opacity:{shade / SHADES}" d="{"".join(path)}"/>'
              for shade, path in enumerate(paths) if shade and path]
+    tail = frame.px(outcome.total_s - outcome.tail_s)
+    bottom = frame.height - BOTTOM
+    parts += [f'<text class="tick" x="{LEFT - 8}" y="{TOP + (line + 0.5) * row + 3.5:.1f}" text-anchor="end">{line}'
+              "</text>" for line in (0, len(outcome.engines) - 1)]
+    parts.append(f'<line x1="{tail}" x2="{tail}" y1="{TOP - 4}" y2="{bottom}" style="stroke:var(--bad-ink)"/>'
+                 f'<text class="tick" x="{tail}" y="{TOP - 6}" text-anchor="middle">90% over</text>'
+                 f'<text class="value" x="{frame.px(outcome.total_s) + 6}" y="{(TOP + bottom) / 2}">'
+                 f'{number(outcome.total_s)} s</text>')
     tips = [[frame.px(time), f"{number(time)} s", f"KV in use {percent(share)}"]
             for time, share in zip(times, used.mean(axis=0), strict=True)]
     return _figure("KV in use by engine and time", frame, parts, tips)

@@ -78,21 +78,44 @@ def learned(groups, members, between, within, seed=0):
 
 def test_variances_are_learned_from_finished_groups():
     model = learned(400, 8, between=0.5, within=0.25)
-    assert sqrt(model._within.value) == pytest.approx(0.25, abs=0.05)
-    assert sqrt(model._between.value) == pytest.approx(0.5, abs=0.08)
+    assert sqrt(model.within) == pytest.approx(0.25, abs=0.05)
+    assert sqrt(model.between) == pytest.approx(0.5, abs=0.08)
 
 
-def test_the_share_that_is_longer_than_predicted_is_the_risk_taken():
-    """Of 3000 new members, each in a group of which four have finished."""
+def test_the_median_is_learned():
+    """Of 1500 new members, each in a group of which four have finished, half are longer than typical."""
     model, rng = learned(400, 8, between=0.5, within=0.3), np.random.default_rng(1)
-    longer = 0
-    for g in range(3000):
+    for g in range(1500):
         mean = log(100) + 0.5 * rng.standard_normal()
-        for i in range(4):
+        for i in range(5):
             model.started(f"new{g}", f"{i}")
             model.finished(f"new{g}", f"{i}", int(exp(mean + 0.3 * rng.standard_normal())) + 1)
-        longer += exp(mean + 0.3 * rng.standard_normal()) > model.remaining(f"new{g}", 0)
-    assert 0.05 < longer / 3000 < 0.09
+    metrics = model.calibration.metrics()
+    assert metrics["bias"] == pytest.approx(1, abs=0.1) and metrics["covered"] == pytest.approx(0.5, abs=0.08)
+
+
+def test_the_more_requests_the_less_is_risked():
+    few, many = learned(50, 8, 0.5, 0.3), learned(50, 8, 0.5, 0.3)
+    for _ in range(10_000):
+        many.submitted()
+    for model in (few, many):
+        model.started("g", "0")
+        model.finished("g", "0", 100)
+    assert many.remaining("g", 0) > 1.3 * few.remaining("g", 0)
+
+
+def test_the_population_is_learned_from_those_that_are_still_running():
+    """Log lengths are normal around 6; whoever is longer than exp(6) is still running, and known to be."""
+    model, rng = LengthModel(10 ** 6), np.random.default_rng(0)
+    for i, length in enumerate(np.exp(6 + 0.7 * rng.standard_normal(3000))):
+        model.started(f"{i}", "0")
+        model.reached(f"{i}", "0", int(min(length, exp(6))))
+    rng = np.random.default_rng(0)
+    for i, length in enumerate(np.exp(6 + 0.7 * rng.standard_normal(3000))):
+        if length < exp(6):
+            model.finished(f"{i}", "0", int(length))
+    population = model._population
+    assert population.mean == pytest.approx(6, abs=0.1) and sqrt(population.variance) == pytest.approx(0.7, abs=0.1)
 
 
 def test_the_first_to_finish_is_not_mistaken_for_its_group():

@@ -46,6 +46,7 @@ class LongestRemaining:
             members = self._members.setdefault(request.group_id, [])
             self._places[request.request_id] = len(members)
             members.append(request)
+            self.lengths.submitted()
         elif tokens and self.lengths.reached(request.group_id, request.request_id, tokens):
             self._reorder(request.group_id)
         self._queue.push(request)
