@@ -42,6 +42,8 @@ class ScriptedEngine:
         self.kept: set[str] = set()
         self.generated = self.cached = self.most_running = self.weights = 0
         self.busy = 0.0
+        self.interrupted = False
+        self.aborted: list[ChunkResult] = []
 
     def submit(self, chunks: Sequence[Chunk]) -> None:
         for chunk in chunks:
@@ -53,7 +55,7 @@ class ScriptedEngine:
 
     def collect(self) -> list[ChunkResult]:
         start, ended = time.perf_counter(), []
-        while self.running and not ended:
+        while self.running and not ended and not self.interrupted:
             for chunk, tokens in list(self.running.values()):
                 tokens.append(sampled(chunk.seed, chunk.request_id, len(chunk.tokens) + len(tokens)))
                 self.generated += 1
@@ -67,12 +69,20 @@ class ScriptedEngine:
             while self.hang_after is not None and self.generated >= self.hang_after:
                 time.sleep(0.05)
         self.busy += time.perf_counter() - start
+        ended, self.aborted = self.aborted + ended, []
         return ended
+
+    def interrupt(self) -> None:
+        self.interrupted = True
+
+    def abort(self, request_ids: Sequence[str]) -> None:
+        self.interrupted = False
+        self.aborted = [self._end(*self.running[name], "abort") for name in request_ids if name in self.running]
 
     def _end(self, chunk: Chunk, tokens: list[int], reason: str) -> ChunkResult:
         del self.running[chunk.request_id]
         self.kept.add(chunk.request_id)
-        versions = (VersionSpan(self.weights, 0, len(tokens)),)
+        versions = (VersionSpan(self.weights, 0, len(tokens)),) if tokens else ()
         experts = None
         if chunk.routed_from is not None:
             read = (*chunk.tokens, *tokens)[chunk.routed_from : -1]

@@ -41,11 +41,10 @@ class Quota:
         return self._complete >= self._wanted and not self._due_left
 
     @property
-    def chosen(self) -> list[str]:
-        """Complete groups, in the order in which they were asked for: all that are due, and of the others, those that
-        were asked for first, as many as are wanted. More than wanted only if more are due."""
+    def chosen(self) -> frozenset[str]:
+        """Complete groups: all that are due, and of the others, those that were asked for first, as many as are wanted.
+        More than wanted only if more are due."""
         complete = [group for group, missing in self._missing.items() if not missing]
         others = [group for group in complete if group not in self._due]
         room = max(0, self._wanted - (len(complete) - len(others)))
-        taken = self._due.union(others[:room])
-        return [group for group in complete if group in taken]
+        return self._due.intersection(complete).union(others[:room])
