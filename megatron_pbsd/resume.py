@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_pbsd.checkpointing import recovery
@@ -37,7 +37,7 @@ class Start:
     checkpoint: Path | None = None
     saved: int = 0
     recovered: Path | None = None
-    stream: Stream = Stream()
+    stream: Stream = field(default_factory=Stream)
 
     def metrics(self, step: int) -> dict[str, float]:
         """What the first step's row says of weights that are newer than the optimizer's state."""
@@ -94,10 +94,11 @@ def check_carried(stream: Stream, config: RunConfig, version: int) -> None:
     behind = {group.group_id: version - group.oldest for group in stream.carried if group.oldest is not None}
     late = [name for name, count in behind.items() if count > config.rollout.max_staleness]
     if late:
+        most = max(behind.values())
         raise UsageError(
-            f"rollout.max_staleness = {config.rollout.max_staleness}, but the checkpoint carries {len(late)} unfinished "
-            f"groups whose oldest tokens are up to {max(behind.values())} weight versions behind: set it to at least "
-            f"{max(behind.values())}, or begin a new run with the exported policy")
+            f"rollout.max_staleness = {config.rollout.max_staleness}, but the checkpoint carries {len(late)} groups "
+            f"whose oldest tokens are up to {most} weight versions behind: set it to at least {most}, or begin a new "
+            "run with the exported policy")
 
 
 @contextmanager

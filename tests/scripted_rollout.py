@@ -33,10 +33,12 @@ def chosen_experts(tokens: Sequence[int], start: int = 0) -> np.ndarray:
 
 
 class ScriptedEngine:
-    """One token for every running chunk per round. `crash_after`, `hang_after`: tokens until it does."""
+    """One token for every running chunk per round, which takes `slow_s`. `crash_after`, `hang_after`: tokens until it
+    does."""
 
     def __init__(self, name: str, crash_after: int | None = None, hang_after: int | None = None,
-                 chunk_tokens: int = 99):
+                 chunk_tokens: int = 99, slow_s: float = 0.0):
+        self.slow_s = slow_s
         self.name, self.crash_after, self.hang_after, self.chunk_tokens = name, crash_after, hang_after, chunk_tokens
         self.running: dict[str, tuple[Chunk, list[int]]] = {}
         self.kept: set[str] = set()
@@ -56,6 +58,7 @@ class ScriptedEngine:
     def collect(self) -> list[ChunkResult]:
         start, ended = time.perf_counter(), []
         while self.running and not ended and not self.interrupted:
+            time.sleep(self.slow_s)
             for chunk, tokens in list(self.running.values()):
                 tokens.append(sampled(chunk.seed, chunk.request_id, len(chunk.tokens) + len(tokens)))
                 self.generated += 1

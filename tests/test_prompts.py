@@ -113,7 +113,8 @@ DAPO = {"algorithm": {"name": "dapo", "sampling_attempts": 3}}
 SFT = {"algorithm": {"name": "sft", "sequences_per_step": 64}}
 
 
-@pytest.mark.parametrize(("sections", "per_step"), [({}, 16), ({"rollout": {"prompts_per_step": 5}}, 5), (DAPO, 48), (SFT, 64)])
+@pytest.mark.parametrize(
+    ("sections", "per_step"), [({}, 16), ({"rollout": {"prompts_per_step": 5}}, 5), (DAPO, 48), (SFT, 64)])
 def test_a_run_goes_on_where_its_checkpoint_ends(sections, per_step):
     """With any other number of prompts per step, too."""
     stream = Stream().after(run_config(**sections)).after(run_config(**sections))

@@ -123,8 +123,8 @@ class RunConfig(Section):
         problems = []
         if algorithm.sampling_attempts > 1:
             problems.append(
-                f"{asked} and algorithm.sampling_attempts = {algorithm.sampling_attempts} both ask for more prompts than "
-                "a step trains on, and cannot be combined: set sampling_attempts to 1, or over_sampling to 1")
+                f"{asked} and algorithm.sampling_attempts = {algorithm.sampling_attempts} both ask for more prompts "
+                "than a step trains on, and cannot be combined: set sampling_attempts to 1, or over_sampling to 1")
         loss = algorithm.loss
         corrected = loss.mismatch.name != "none" if isinstance(loss, PolicyLossConfig) else loss.name != "reverse_kl"
         if rollout.max_staleness and rollout.stale_tokens == "correct" and not corrected:

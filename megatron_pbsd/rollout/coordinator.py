@@ -45,8 +45,9 @@ class Progress:
 @dataclass(frozen=True)
 class CollectStatistics:
     """engine_idle_share: part of the engines' wall time in which they computed nothing, 0 … 1.
-    trajectories, turns: of the groups that were made. generated_tokens: of all groups, those that were left included.
-    taken_up, taken_up_tokens: of the trajectories and generated tokens, those that were there before.
+    trajectories, turns: of the groups that were made. generated_tokens: of these and of what was left, without what
+    was carried.
+    taken_up, taken_up_tokens: of the trajectories and generated tokens, those that were there before, not carried.
     tail_seconds: time spent on nothing but the last tenth of the trajectories.
     engine_steps: forward passes of the engine that had the most.
     moves: chunks that ran on another engine than their trajectory's last.
@@ -138,14 +139,15 @@ class Coordinator:
     ) -> list[Group]:
         """Groups in the order of `carried` and then `requests`, samples in order, whatever the order they finish in.
 
-        wanted:   ends as soon as so many groups are complete, and those of `carried` that `rollout.max_staleness` will
-                  not let the next step train; None: when all are. `left` has the others.
-        carried:  what such a call of an earlier step left; it goes on first, under the weights that there are now.
+        wanted:    ends as soon as so many groups are complete, and those of `carried` that `rollout.max_staleness` will
+                   not let the next step train on; None: when all are. `left` has the others.
+        carried:   what such a call of an earlier step left. It goes on first, under the weights that there are now.
+        sink:      each trajectory is appended to this file as soon as it is finished.
+        finished:  trajectories of such a call that did not end; those that are asked for again are not generated again.
+                   That is the same rollout only if sampling depends on nothing but seed and trajectory id.
+        routed_experts:  keep which experts read each token, if the model has any.
 
-        Trajectory ids, the keys of sampling, are `{step}/{group_id}/{sample}` with the step that asked. Each trajectory is appended to `sink` as
-        soon as it is finished. `routed_experts`: keep which experts read each token, if the model has any.
-        `finished`: trajectories of such a call that did not end; those that are asked for again are not generated
-        again. That is the same rollout only if sampling depends on nothing but seed and trajectory id.
+        Trajectory ids, the keys of sampling, are `{step}/{group_id}/{sample}` with the step that asked.
         What an engine that dies had begun, others do, from the last finished chunks on. ComponentDied when the last one
         dies, DeadlineExpired when one has finished no chunk within `rollout.deadline_s`; the engines are then in an
         unknown state. RolloutError when a prompt is too long.
@@ -174,11 +176,11 @@ class Coordinator:
         after = self._engines.ask("statistics")
         for death in self._engines.deaths:
             before.pop(death.name, None)
-        there = [trajectory for group in groups for trajectory in group.finished]
         self._statistics = replace(
-            summarised(made, there, before, after, time.monotonic() - began),
-            generated_tokens=sum(group.generated for group in ended),
-            taken_up_tokens=sum(group.generated for group in groups),
+            summarised(made, before, after, time.monotonic() - began),
+            generated_tokens=tokens_of(ended) - tokens_of(carried),
+            taken_up_tokens=tokens_of(groups) - tokens_of(carried),
+            taken_up=sum(len(group.finished) for group in groups) - sum(len(group.finished) for group in carried),
             moves=dispatcher.moves, recomputed_tokens=dispatcher.recomputed_tokens,
             tail_seconds=dispatcher.activity.tail_seconds, spans=dispatcher.activity.spans,
             deaths=tuple(self._engines.deaths), predicted_lengths=_calibration(policy))
@@ -269,6 +271,10 @@ def with_progress(group: Started, episodes: Mapping[str, Episode]) -> Started:
     return group.with_members(map(now, group.members))
 
 
+def tokens_of(groups: Sequence[Started]) -> int:
+    return sum(group.generated for group in groups)
+
+
 def start_of(begun: Unfinished, task: Task, seed: int, temperature: float, stop_token_ids: tuple[int, ...],
              routed_experts: bool) -> EpisodeStart:
     trajectory = begun.trajectory
@@ -284,7 +290,6 @@ def build_coordinator(engines: Sequence[Handle], config: RunConfig, client: Clie
 
 def summarised(
     groups: Sequence[Group],
-    taken_up: Sequence[Trajectory],
     before: Mapping[str, EngineStatistics],
     after: Mapping[str, EngineStatistics],
     wall_seconds: float,
@@ -305,8 +310,6 @@ def summarised(
         cached_tokens=int(total("cached_tokens")),
         wall_seconds=wall_seconds,
         engine_idle_share=max(0.0, 1.0 - total("busy_seconds") / (wall_seconds * len(after))),
-        taken_up=len(taken_up),
-        taken_up_tokens=sum(t.generated for t in taken_up),
         **{counter: int(total(counter)) for counter in ("drafts", "drafted_tokens", "accepted_tokens")},
         engine_steps=int(max(made(name, "decode_steps") for name in after)),
         kv=kv_counters([s.kv for s in after.values()], [s.kv for name, s in before.items() if name in after]),
