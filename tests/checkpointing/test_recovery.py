@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import re
 from contextlib import contextmanager
+from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -17,12 +19,15 @@ from megatron_pbsd.checkpointing import recovery
 from megatron_pbsd.checkpointing.errors import CheckpointError
 from megatron_pbsd.checkpointing.manifest import Contents, read_manifest
 from megatron_pbsd.checkpointing.store import CheckpointStore
+from megatron_pbsd.environments.protocol import Task
 from megatron_pbsd.errors import UsageError
 from megatron_pbsd.prompts import Stream, position
 from megatron_pbsd.resharding.manifest import checksum, layout
 from megatron_pbsd.resharding.publication import Published
 from megatron_pbsd.resharding.shared_memory import Segment, attach
 from megatron_pbsd.resume import Start, find_start, leaving_weights
+from megatron_pbsd.rollout.request import RolloutRequest, Started, Unfinished
+from megatron_pbsd.trajectory import Trajectory, Turn, VersionSpan
 
 TENSORS = {"model.norm.weight": torch.randn(64), "lm_head.weight": torch.randn(50, 64).bfloat16()}
 
@@ -170,3 +175,34 @@ def test_weights_of_another_order_of_prompts_are_refused(config):
         assert read_manifest(store.folder / "recovered").contents.position == position(config, 50)
         with pytest.raises(UsageError, match="seed = 2, the checkpoint was made with 1"):
             find_start(store, config.model_copy(update={"seed": 2}), "latest")
+
+
+def carried(version):
+    """A group of which weights `version` have generated one token."""
+    begun = Trajectory("4/7/0", "7", "t", (1, 2), (1, 3), ())
+    finished = replace(begun, trajectory_id="4/7/1", turns=(
+        Turn((5,), (-1.0,), (), "answer", "stop", (VersionSpan(version, 0, 1),)),))
+    request = RolloutRequest("7", Task("t", "q", ("a", "b"), 1, (3,)), 2, "a")
+    return Started(request, (Unfinished(begun, (4,), (-0.5,), (VersionSpan(version, 0, 1),),
+                                        np.arange(12, dtype=np.int16).reshape(2, 2, 3)), finished))
+
+
+def test_carried_groups_go_with_the_weights_that_go_on_with_them(config, capsys):
+    """Those of the recovered weights, not those of the older checkpoint."""
+    config = config.model_copy(update={"rollout": config.rollout.model_copy(
+        update={"over_sampling": 1.5, "max_staleness": 2})})
+    kept = Stream(50, (carried(3),))
+    with opened(config) as store:
+        save(store, config, 3)
+        with publisher(5) as source, pytest.raises(ZeroDivisionError), \
+                leaving_weights(source, store.folder, config, lambda: kept):
+            raise ZeroDivisionError
+        assert recovery.problems(store.folder / "recovered") == []
+        assert find_start(store, config, "latest").stream == kept
+        strict = config.model_copy(update={"rollout": config.rollout.model_copy(update={"max_staleness": 1})})
+        with pytest.raises(UsageError, match=r"max_staleness = 1, but the checkpoint carries 1 groups whose oldest "
+                                             r"tokens are up to 2 weight versions behind: set it to at least 2"):
+            find_start(store, strict, "latest")
+        flip(store.folder / "recovered" / "carried.json")
+        with pytest.raises(CheckpointError, match="carried.json is damaged"):
+            find_start(store, config, "latest")
