@@ -1,14 +1,14 @@
 """Over-sampling live: what ending a step early saves, what it wastes, and which lengths it favours.
 
-Per step 16 groups of 4 are trained on, over 4 embedded engines of 8 slots in processes of their own. Lengths are
-prescribed and long-tailed as in `live_rollout`: lognormal, sigma 0.8, a mean of 96 tokens, a limit of 512. A step of an
-engine takes at least 20 ms, most of which it waits, as if it had a device of its own. Between two steps weights are
-published (the same ones: what they cost is that all KV is computed anew). Training itself takes no time here. One step
-to warm up, then STEPS.
+Per step 12 groups of 4 are trained on, over 4 embedded engines of 8 slots in processes of their own. Lengths are
+prescribed and long-tailed as in `live_rollout`, half as long: lognormal, sigma 0.8, a mean of 48 tokens, a limit of
+256. A step of an engine takes at least 20 ms, most of which it waits, as if it had a device of its own. Between two
+steps weights are published (the same ones: what they cost is that all KV is computed anew). Training itself takes no
+time here. One step to warm up, then STEPS.
 
-    synchronous   every step waits for its 16 groups
-    drop          24 groups in flight, the first 16 are trained on, the others dropped
-    carry_<k>     24 groups in flight, the others go on in the next step; max_staleness k
+    synchronous   every step waits for its 12 groups
+    drop          18 groups in flight, the first 12 are trained on, the others dropped
+    carry_<k>     18 groups in flight, the others go on in the next step; max_staleness k
 
 partial_<mode>  over all steps:
     tokens_per_s          trained on, per second of rollout; relative: over `synchronous`
@@ -47,11 +47,10 @@ from megatron_pbsd.rollout.engines.embedded.kv_pool import PoolPlace
 from megatron_pbsd.simulation.workload import jobs
 from megatron_pbsd.trajectory import trajectories_of
 
-GROUPS, GROUP_SIZE, STEPS, STEP_S = 16, 4, 8, 0.02
+GROUPS, GROUP_SIZE, STEPS, STEP_S = 12, 4, 6, 0.02
+LENGTHS = FACTS.model_copy(update={"groups": 3 * GROUPS, "group_size": GROUP_SIZE, "mean": 48, "limit": 256})
 MODES = {"synchronous": (1.0, 0), "drop": (1.5, 0), "carry_1": (1.5, 1), "carry_3": (1.5, 3)}
 """Name → rollout.over_sampling, rollout.max_staleness."""
-LARGEST = 3 * GROUPS
-"""More groups than a step of any mode has, of its own and carried."""
 
 
 @dataclass
@@ -67,8 +66,7 @@ class Measured:
 def run(overrides: Sequence[str] = ()) -> dict[str, Any]:
     if overrides:
         raise UsageError(f"the bench 'partial' reads no configuration, so {overrides[0]} means nothing to it")
-    facts = FACTS.model_copy(update={"groups": LARGEST, "group_size": GROUP_SIZE})
-    lengths = {f"{step}/{job.request_id}": job.tokens for step in range(STEPS + 1) for job in jobs(facts, seed=step)}
+    lengths = {f"{step}/{job.request_id}": job.tokens for step in range(STEPS + 1) for job in jobs(LENGTHS, seed=step)}
     with (tempfile.TemporaryDirectory() as folder, SharedFolder() as pool,
           open_runtime("ray", Path(folder) / "logs") as runtime):
         save_model(folder)
@@ -88,15 +86,15 @@ def run(overrides: Sequence[str] = ()) -> dict[str, Any]:
 def measure(runtime: Runtime, engines: Sequence[Handle], manifest: WeightsManifest, lengths: dict[str, int],
             over_sampling: float, max_staleness: int) -> Measured:
     config = RolloutConfig(
-        slots=SLOTS, prompts_per_step=GROUPS, group_size=GROUP_SIZE, max_turns=1, max_turn_tokens=FACTS.limit,
-        max_context=FACTS.prompt + FACTS.limit, over_sampling=over_sampling, max_staleness=max_staleness)
+        slots=SLOTS, prompts_per_step=GROUPS, group_size=GROUP_SIZE, max_turns=1, max_turn_tokens=LENGTHS.limit,
+        max_context=LENGTHS.prompt + LENGTHS.limit, over_sampling=over_sampling, max_staleness=max_staleness)
     coordinator = Coordinator(engines, OneTurn(), config, runtime.client)
     stream, measured = Stream(), Measured()
     for step in range(STEPS + 1):
         for future in [engine.call("update_weights", manifest, step - 1) for engine in engines]:
             runtime.result(future)
         taken = {group.group_id for group in stream.carried}
-        free = [str(number) for number in range(LARGEST) if str(number) not in taken]
+        free = [str(number) for number in range(LENGTHS.groups) if str(number) not in taken]
         asked = [RolloutRequest(name, Task(name, "", ("",), 1), GROUP_SIZE, "")
                  for name in free[: config.prompts_in_flight - len(taken)]]
         groups = coordinator.collect(asked, step=step, seed=0, temperature=1.0, carried=stream.carried,
