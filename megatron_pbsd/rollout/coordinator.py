@@ -245,16 +245,16 @@ def _calibration(policy: Policy) -> dict[str, float]:
 
 
 def with_finished(groups: Sequence[Started], finished: Sequence[Trajectory]) -> list[Started]:
-    """The groups, with those of `finished` that begin as one of their unfinished members does in its place."""
+    """The groups, with those of `finished` that begin with what an unfinished member has in that one's place."""
     known = {trajectory.trajectory_id: trajectory for trajectory in finished}
 
     def ended(group: Started, member: Member) -> Member:
         found = known.get(member.trajectory_id)
         if isinstance(member, Trajectory) or found is None:
             return member
-        begun = member.trajectory
-        same = (begun.task_id, begun.prompt, begun.privileged_prompt) == (
-            found.task_id, found.prompt, found.privileged_prompt)
+        begun, there = member.trajectory, (*member.trajectory.continuation, *member.tokens)
+        same = (begun.task_id, begun.prompt, begun.privileged_prompt, there) == (
+            found.task_id, found.prompt, found.privileged_prompt, found.continuation[: len(there)])
         return found if same else member
 
     return [group.with_members(ended(group, member) for member in group.members) for group in groups]
