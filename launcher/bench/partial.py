@@ -26,7 +26,8 @@ partial_<mode>  over all steps:
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -41,7 +42,7 @@ from megatron_pbsd.controller.runtime import open_runtime
 from megatron_pbsd.environments.protocol import Task
 from megatron_pbsd.errors import UsageError
 from megatron_pbsd.prompts import Stream
-from megatron_pbsd.resharding.manifest import layout
+from megatron_pbsd.resharding.manifest import WeightsManifest, layout
 from megatron_pbsd.resharding.shared_memory import Segment, SharedFolder, attach
 from megatron_pbsd.rollout.coordinator import CollectStatistics, Coordinator, RolloutRequest
 from megatron_pbsd.rollout.engines.embedded.kv_pool import PoolPlace
@@ -98,23 +99,30 @@ def run(overrides: Sequence[str] = ()) -> dict[str, Any]:
     with (tempfile.TemporaryDirectory() as folder, SharedFolder() as pool,
           open_runtime("ray", Path(folder) / "logs") as runtime):
         save_model(folder)
-        tensors = load_file(Path(folder) / "model.safetensors")
-        described = {name: (str(t.dtype).removeprefix("torch."), tuple(t.shape)) for name, t in tensors.items()}
-        segment = Segment(layout("", described).nbytes)
-        manifest = layout(segment.name, described)
-        for name, tensor in attach(manifest).items():
-            tensor.copy_(tensors[name])
         engines = start_engines(runtime, folder, lengths=lengths, step_s=STEP_S,
                                 kv_pool=PoolPlace(pool.path, 0, shared=False))
         modes = {name: Mode(config(*mode), Coordinator(engines, OneTurn(), config(*mode), runtime.client), lengths)
                  for name, mode in MODES.items()}
-        for step in range(STEPS + 1):
-            for mode in modes.values():
-                for future in [engine.call("update_weights", manifest, step - 1) for engine in engines]:
-                    runtime.result(future)
-                mode.step(step)
-        segment.close()
+        with published(folder) as manifest:
+            for step in range(STEPS + 1):
+                for mode in modes.values():
+                    for future in [engine.call("update_weights", manifest, step - 1) for engine in engines]:
+                        runtime.result(future)
+                    mode.step(step)
     return summary(modes)
+
+
+@contextmanager
+def published(folder: str) -> Iterator[WeightsManifest]:
+    """The weights of the model in `folder`, in shared memory."""
+    tensors = load_file(Path(folder) / "model.safetensors")
+    described = {name: (str(t.dtype).removeprefix("torch."), tuple(t.shape)) for name, t in tensors.items()}
+    segment = Segment(layout("", described).nbytes)
+    manifest = layout(segment.name, described)
+    for name, tensor in attach(manifest).items():
+        tensor.copy_(tensors[name])
+    yield manifest
+    segment.close()
 
 
 def config(over_sampling: float, max_staleness: int) -> RolloutConfig:

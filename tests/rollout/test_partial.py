@@ -17,8 +17,15 @@ from megatron_pbsd.prompts import Stream
 from megatron_pbsd.rollout.coordinator import Coordinator
 from megatron_pbsd.rollout.engines.host import EngineHost
 from megatron_pbsd.rollout.errors import RolloutError
+from megatron_pbsd.rollout.length_context import LengthContext
+from megatron_pbsd.rollout.length_model import LengthModel
+from megatron_pbsd.rollout.policies.context_aware import ContextAware
+from megatron_pbsd.rollout.policies.first import First
+from megatron_pbsd.rollout.policies.least_loaded import LeastLoaded
+from megatron_pbsd.rollout.policies.longest_remaining import LongestRemaining
 from megatron_pbsd.rollout.quota import Quota, due
 from megatron_pbsd.rollout.request import Started, Unfinished
+from megatron_pbsd.rollout.scheduler import Scheduler
 from megatron_pbsd.rollout.sink import read_trajectories
 from megatron_pbsd.rollout.survival import Seen
 from megatron_pbsd.trajectory import Group, Trajectory, VersionSpan, trajectories_of
@@ -42,6 +49,25 @@ def test_a_quota_is_reached_when_enough_are_complete_and_all_that_are_due(missin
         others = [group for group in complete if group not in must]
         assert [group for group in others if group in chosen] == others[: max(0, wanted - len(must & set(complete)))]
     assert quota.reached and Quota(left).reached
+
+
+@pytest.mark.parametrize("policy", [
+    LeastLoaded, lambda: ContextAware(4, LengthContext(40)), lambda: LongestRemaining(4, LengthModel(40))])
+def test_carried_groups_go_before_new_ones_chunk_after_chunk(policy):
+    scheduler = Scheduler(First(policy(), ["old", "older"]))
+    scheduler.engine_joined("engine", 1)
+    for name, group in [("n1", "new"), ("n2", "new"), ("o1", "older"), ("o2", "old"), ("o3", "old"), ("n3", "newer")]:
+        scheduler.submitted(name, group, 5, 20)
+    placed = []
+    while len(placed) < 9 and (made := scheduler.decisions()):
+        for assignment in made:
+            placed.append(assignment.request_id)
+            scheduler.chunk_finished(assignment.request_id, 4)
+            if placed.count(assignment.request_id) < 2:
+                scheduler.submitted(assignment.request_id, "", 9, 16)
+            else:
+                scheduler.request_finished(assignment.request_id)
+    assert placed[:6] == ["o1", "o1", "o2", "o2", "o3", "o3"] and placed[6][0] == "n"
 
 
 def config(rollout, runs="runs"):
