@@ -232,7 +232,7 @@ def test_fresh_data_need_no_marks():
 def test_a_custom_loss_has_to_read_what_it_is_to_correct_by():
     loss = CustomLossConfig(file="docs/examples/early_turns_loss.py")
     config = run_config().model_copy(update={"algorithm": GRPOConfig(loss=loss)})
-    with pytest.raises(UsageError, match="corrects nothing with loss 'early_turns', which does not read 'rollout_log_p"):
+    with pytest.raises(UsageError, match="corrects nothing with loss 'early_turns', which does not read 'rollout_log"):
         credit.loss_of(config, on_policy=False)
     masked = run_config(stale_tokens="mask").model_copy(update={"algorithm": GRPOConfig(loss=loss)})
     assert set(credit.loss_of(masked, on_policy=False).fields) == {"advantages", "turn_index", "stale"}
