@@ -60,6 +60,7 @@ class Rollout:
         self._runtime, self._coordinator, self._config, self._recorder = runtime, coordinator, config, recorder
         self._publisher, self._engines = publisher, engines
         self._restarts = config.rollout.engine_restarts
+        self._deaths = 0
         self._taken_up: list[Trajectory] = []
         self.stream = Stream()
         """Where the run is in its prompts if it goes on from the weights that the engines have."""
@@ -94,15 +95,15 @@ class Rollout:
 
     def _collect(self, requests: Sequence[RolloutRequest], **arguments: Any) -> list[Group] | None:
         """Engines that die in it are started anew; None when that was so of all."""
-        call, restarted, done = self._coordinator.call("collect", requests, **arguments), 0, []
+        call, done = self._coordinator.call("collect", requests, **arguments), []
         while not done:
             # The coordinator has a deadline for each engine call; here only its own death can be news, and engines'.
             done, _ = self._runtime.wait([call], timeout=POLL_S)
             progress = self._runtime.result(self._coordinator.observe("progress"))
             self._recorder.rollout_progress(progress.finished, progress.total)
-            for death in progress.deaths[restarted:]:
+            for death in progress.deaths[self._deaths:]:
                 self._restart(death)
-            restarted = len(progress.deaths)
+            self._deaths = len(progress.deaths)
         try:
             return self._runtime.result(call)
         except ComponentDied as death:
@@ -111,8 +112,8 @@ class Rollout:
             return None
 
     def publish(self, version: int, stream: Stream) -> dict[str, float]:
-        """See `Publisher.publish`. Engines that have died since the last rollout are started anew. stream: where the
-        run is in its prompts."""
+        """See `Publisher.publish`. Engines that have died since the last rollout, or hang, are started anew. stream:
+        where the run is in its prompts."""
         while True:
             try:
                 metrics = self._publisher.publish(version)
@@ -130,9 +131,12 @@ class Rollout:
         self._restarts -= 1
         print(f"pbsd: {death.name} died: {death.cause}\npbsd: it is started anew, which may happen "
               f"{self._restarts} more times (rollout.engine_restarts)", file=sys.stderr)
-        handle = self._engines.restart(death.name)
-        if restore:
-            self._publisher.restore(death.name)
+        try:
+            handle = self._engines.restart(death.name)
+            if restore:
+                self._publisher.restore(death.name)
+        except ComponentDied as again:
+            return self._restart(again, restore)
         self._runtime.result(self._coordinator.observe("join", handle))
 
     def _origin(self, sampling: Mapping[str, Any]) -> str:
@@ -338,15 +342,15 @@ def start_reference(runtime: Runtime, config: RunConfig) -> EngineGroup | None:
     return EngineGroup(runtime, [handle], config.rollout.deadline_s)
 
 
-def build_engine(longest_draft: int | None = None, **arguments: Any) -> Engine:
+def build_engine(longest_draft: int | None = None, device: str = "cpu", **arguments: Any) -> Engine:
     """In the engine's own process: the driver never imports transformers. longest_draft: None does not speculate."""
     from megatron_pbsd.rollout.engines.embedded.engine import EmbeddedEngine
 
     if longest_draft is not None:
-        from megatron_pbsd.rollout.engines.embedded.speculation import Speculation
+        from megatron_pbsd.rollout.engines.embedded.speculation import Speculation, clock_of
 
-        arguments["speculation"] = Speculation(longest_draft)
-    return EmbeddedEngine(**arguments)
+        arguments["speculation"] = Speculation(longest_draft, clock=clock_of(device))
+    return EmbeddedEngine(device=device, **arguments)
 
 
 def start_coordinator(runtime: Runtime, config: RunConfig, engines: EngineGroup) -> Handle:

@@ -34,11 +34,11 @@ def chosen_experts(tokens: Sequence[int], start: int = 0) -> np.ndarray:
 
 class ScriptedEngine:
     """One token for every running chunk per round, which takes `slow_s`. `crash_after`, `hang_after`: tokens until it
-    does."""
+    does. `hang_over`: the method that never returns."""
 
     def __init__(self, name: str, crash_after: int | None = None, hang_after: int | None = None,
-                 chunk_tokens: int = 99, slow_s: float = 0.0):
-        self.slow_s = slow_s
+                 chunk_tokens: int = 99, hang_over: str | None = None, slow_s: float = 0.0):
+        self.hang_over, self.slow_s = hang_over, slow_s
         self.name, self.crash_after, self.hang_after, self.chunk_tokens = name, crash_after, hang_after, chunk_tokens
         self.running: dict[str, tuple[Chunk, list[int]]] = {}
         self.kept: set[str] = set()
@@ -69,8 +69,8 @@ class ScriptedEngine:
             if self.crash_after is not None and self.generated >= self.crash_after:
                 print(f"{self.name} runs into its scripted end", flush=True)
                 os._exit(7)
-            while self.hang_after is not None and self.generated >= self.hang_after:
-                time.sleep(0.05)
+            if self.hang_after is not None and self.generated >= self.hang_after:
+                self._hang()
         self.busy += time.perf_counter() - start
         ended, self.aborted = self.aborted + ended, []
         return ended
@@ -81,6 +81,10 @@ class ScriptedEngine:
     def abort(self, request_ids: Sequence[str]) -> None:
         self.interrupted = False
         self.aborted = [self._end(*self.running[name], "abort") for name in request_ids if name in self.running]
+
+    def _hang(self) -> None:
+        while True:
+            time.sleep(0.05)
 
     def _end(self, chunk: Chunk, tokens: list[int], reason: str) -> ChunkResult:
         del self.running[chunk.request_id]
@@ -100,6 +104,8 @@ class ScriptedEngine:
         self.release(request_ids)
 
     def update_weights(self, manifest: object, version: int) -> None:
+        if self.hang_over == "update_weights":
+            self._hang()
         self.weights = version
 
     def checksums(self) -> dict[str, str]:
@@ -109,6 +115,8 @@ class ScriptedEngine:
         return [np.zeros(len(s), np.float32) for s in sequences]
 
     def statistics(self) -> EngineStatistics:
+        if self.hang_over == "statistics":
+            self._hang()
         return EngineStatistics(self.weights, len(self.running), 0, len(self.kept), self.generated, 0, self.cached,
                                 self.most_running, self.busy)
 

@@ -55,9 +55,9 @@ class RolloutConfig(Section):
     speculation: SpeculationConfig = SpeculationConfig()
     """Grouped speculative decoding."""
     engine_restarts: Annotated[int, Field(ge=0)] = 2
-    """Engines that died and are started again, in a whole run; a further death ends it."""
+    """Engines that died or hung and are started again, in a whole run; one more ends it."""
     deadline_s: Annotated[float, Field(gt=0)] = 300.0
-    """After this long without a finished chunk an engine is declared hung."""
+    """An engine without a finished chunk for this long is hung: it is ended, and counts as one that died."""
     probe_tolerance: Annotated[float, Field(gt=0)] = 1e-4
     """Largest |engine - learner| log-prob on the probe batch after a publication (nats)."""
 

@@ -35,6 +35,21 @@ class DeadlineExpired(PbsdError):
         return f"{message}\n{self.stacks}" if self.stacks else message
 
 
+class ComponentHung(ComponentDied, DeadlineExpired):
+    """Component `name` was among those that `expired`, and its process has been ended since: it cannot come back and
+    answer, or write to memory that it shares."""
+
+    def __init__(self, name: str, expired: DeadlineExpired):
+        PbsdError.__init__(self, name, expired)
+        self.name, self.last_lines = name, ()
+        self.cause = f"it hung, with no answer for {expired.deadline_s:g} s in phase {expired.phase!r}, and was ended"
+        self.phase, self.deadline_s, self.missing = expired.phase, expired.deadline_s, (name,)
+        self.stacks = expired.stacks
+
+    def __str__(self) -> str:
+        return f"{DeadlineExpired.__str__(self)}\n{self.name} was ended"
+
+
 class PeersHung(PbsdError):
     """A component that is well waited in vain for others like it, or was broken off: the fault is theirs."""
 

@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from megatron_pbsd.controller.failures import ComponentDied, DeadlineExpired, PeersHung
+from megatron_pbsd.controller.failures import ComponentDied, ComponentHung, DeadlineExpired, PeersHung
 from megatron_pbsd.controller.runtime import Client, Future
 
 # When one rank fails, its peers' collectives fail too, and may be heard of first.
@@ -28,7 +28,7 @@ def gather(client: Client, futures: Sequence[Future], *, phase: str, deadline_s:
     while pending:
         done, pending = client.wait(pending, 1, max(0.0, end - time.monotonic()))
         if not done:
-            names = [future.name for future in pending]
+            names = list(dict.fromkeys(future.name for future in pending))
             raise DeadlineExpired(phase, deadline_s, names, client.stacks(pending))
         for i, future in enumerate(done):
             try:
@@ -41,6 +41,14 @@ def gather(client: Client, futures: Sequence[Future], *, phase: str, deadline_s:
                     raise
                 raise cause from None
     return [results[id(future)] for future in futures]
+
+
+def end_hung(client: Client, expired: DeadlineExpired, futures: Sequence[Future]) -> list[ComponentHung]:
+    """End the processes of the components that `expired` names; `futures` are what they owe. Raises `expired` where
+    components have no processes of their own."""
+    if not client.end([future for future in futures if future.name in expired.missing]):
+        raise expired
+    return [ComponentHung(name, expired) for name in expired.missing]
 
 
 def _cause(client: Client, error: Exception, pending: Sequence[Future]) -> Exception:

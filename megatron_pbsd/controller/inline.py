@@ -54,6 +54,9 @@ class InlineRuntime:
     def stacks(self, futures: Sequence[InlineFuture]) -> str:
         return ""
 
+    def end(self, futures: Sequence[InlineFuture]) -> bool:
+        return False
+
     def share(self, value: Any) -> Any:
         return value
 

@@ -29,6 +29,7 @@ from megatron_pbsd.controller.failures import ComponentDied
 LOG_LINES_SHOWN = 20
 COLOURS = "\x1b\\[[0-9;]*m"
 STACKS_WAIT_S = 2.0
+END_WAIT_S = 10.0
 
 
 @ray.remote(num_cpus=0, max_restarts=0, max_task_retries=0, concurrency_groups={"observe": 1})
@@ -135,6 +136,13 @@ class RayClient:
         handles = {future.name: future.handle for future in futures}
         return "\n".join(f"{name} is at:\n{_stack(handle)}" for name, handle in handles.items())
 
+    def end(self, futures: Sequence[RayFuture]) -> bool:
+        for handle in {future.name: future.handle for future in futures}.values():
+            _kill(handle)
+        # A process is gone when Ray says so: the kernel closes its connections last.
+        self.wait(futures, len(futures), timeout=END_WAIT_S)
+        return True
+
 
 def last_lines(log: str, count: int = LOG_LINES_SHOWN) -> list[str]:
     """The last lines of a component's log, without the markers that Ray prints for its own log reader."""
@@ -149,6 +157,16 @@ def _cause(error: Exception) -> str:
     """The one sentence of Ray's message that says something about this death."""
     found = re.search(r"Worker exit detail: (.*?)(?: Some common causes|$)", str(error), re.DOTALL)
     return found.group(1).strip() if found else str(error).strip()
+
+
+def _kill(handle: RayHandle) -> None:
+    # Ray's own way asks the process, which a stopped one does not hear.
+    try:
+        os.kill(ray.get(handle.pid, timeout=STACKS_WAIT_S), signal.SIGKILL)
+    except (ProcessLookupError, RayActorError):
+        pass
+    except GetTimeoutError:  # It has not come as far as telling its number.
+        ray.kill(handle.actor)
 
 
 def _stack(handle: RayHandle) -> str:
@@ -166,4 +184,5 @@ def _stack(handle: RayHandle) -> str:
             break
     with log.open("rb") as file:
         file.seek(before)
-        return file.read().decode(errors="replace").rstrip()
+        stacks = file.read().decode(errors="replace").rstrip()
+    return stacks or "(the process does not react to signals: is it stopped?)"

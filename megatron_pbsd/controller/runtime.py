@@ -47,6 +47,10 @@ class Client(Protocol):
     def stacks(self, futures: Sequence[Future]) -> str:
         """Where the components that owe these futures are now: Python stacks of all their threads."""
 
+    def end(self, futures: Sequence[Future]) -> bool:
+        """End the processes of the components that owe these futures, whatever state they are in; they are gone when it
+        returns. False, and nothing is done, where components have no processes of their own."""
+
 
 class Runtime(Client, Protocol):
     @property

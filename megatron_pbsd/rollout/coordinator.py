@@ -33,7 +33,7 @@ from megatron_pbsd.trajectory import Group, Trajectory
 class Progress:
     """Trajectories finished and asked for, tokens generated so far, of the present or latest `collect`.
 
-    deaths: of engines without which it goes, or went, on.
+    deaths: of engines, in all calls of `collect` so far; those that hung and were ended are among them.
     """
 
     finished: int
@@ -148,12 +148,12 @@ class Coordinator:
         routed_experts:  keep which experts read each token, if the model has any.
 
         Trajectory ids, the keys of sampling, are `{step}/{group_id}/{sample}` with the step that asked.
-        What an engine that dies had begun, others do, from the last finished chunks on. ComponentDied when the last one
-        dies, DeadlineExpired when one has finished no chunk within `rollout.deadline_s`; the engines are then in an
-        unknown state. RolloutError when a prompt is too long.
+        An engine that has finished no chunk within `rollout.deadline_s` is ended. What an engine that dies had begun,
+        others do, from the last finished chunks on. ComponentDied when the last one dies; ComponentHung, which is also
+        a DeadlineExpired, when it was ended; DeadlineExpired when it has no process that could be ended. RolloutError
+        when a prompt is too long.
         """
-        began = time.monotonic()
-        self._engines.deaths.clear()
+        began, earlier_deaths = time.monotonic(), len(self._engines.deaths)
         self._engines.arrivals()
         before = self._engines.ask("statistics")
         groups = with_finished([*carried, *(self._started(request, step) for request in requests)], finished)
@@ -174,7 +174,8 @@ class Coordinator:
         ended = [with_progress(group, episodes) for group in groups]
         made = self._divided(ended, quota.chosen)
         after = self._engines.ask("statistics")
-        for death in self._engines.deaths:
+        deaths = tuple(self._engines.deaths[earlier_deaths:])
+        for death in deaths:
             before.pop(death.name, None)
         self._statistics = replace(
             summarised(made, before, after, time.monotonic() - began),
@@ -183,7 +184,7 @@ class Coordinator:
             taken_up=sum(len(group.finished) for group in groups) - sum(len(group.finished) for group in carried),
             moves=dispatcher.moves, recomputed_tokens=dispatcher.recomputed_tokens,
             tail_seconds=dispatcher.activity.tail_seconds, spans=dispatcher.activity.spans,
-            deaths=tuple(self._engines.deaths), predicted_lengths=_calibration(policy))
+            deaths=deaths, predicted_lengths=_calibration(policy))
         return made
 
     def _divided(self, groups: Sequence[Started], chosen: Collection[str]) -> list[Group]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from megatron_pbsd.config import RolloutConfig
 from megatron_pbsd.controller.failures import ComponentDied, DeadlineExpired
+from megatron_pbsd.controller.gather import end_hung
 from megatron_pbsd.controller.runtime import Client, Future
 from megatron_pbsd.rollout.activity import Activity
 from megatron_pbsd.rollout.drafting.exchange import Exchange
@@ -61,8 +62,8 @@ class Dispatcher:
         self.activity.ended()
 
     def next_results(self) -> list[ChunkResult]:
-        """Give the engines their work, and wait until one of them returns finished chunks, or is found dead: then
-        there are none."""
+        """Give the engines their work, and wait until one of them returns finished chunks, or is found dead or hung,
+        and then ended: there are none then."""
         self._change_engines()
         for assignment in self._scheduler.decisions():
             self._assign(assignment)
@@ -72,13 +73,18 @@ class Dispatcher:
         return self._received()
 
     def _received(self) -> list[ChunkResult]:
-        name = self._first_done()
-        call = self._outstanding.pop(name)
+        """See `next_results`."""
         try:
-            results = self._client.result(call.future)
+            name = self._first_done()
+            results = self._client.result(self._outstanding[name].future)
         except ComponentDied as death:
             self._lost(death)
             return []
+        except DeadlineExpired as expired:
+            for death in end_hung(self._client, expired, [call.future for call in self._outstanding.values()]):
+                self._lost(death)
+            return []
+        call = self._outstanding.pop(name)
         self.activity.worked(name, call.start_ns, len(results))
         for result in results:
             self._finished(name, result)
@@ -154,15 +160,18 @@ class Dispatcher:
             self._exchange.lost(death.name)
 
     def _first_done(self) -> str:
+        """DeadlineExpired names the engines without a finished chunk for `deadline_s`, whatever others do meanwhile."""
         deadline_s = self._config.deadline_s
-        oldest = min(call.since for call in self._outstanding.values())
-        calls = [call.future for call in self._outstanding.values()]
-        done, _ = self._client.wait(calls, 1, max(0.0, oldest + deadline_s - time.monotonic()))
-        if done:
-            return next(name for name, call in self._outstanding.items() if call.future is done[0])
-        limit = max(oldest, time.monotonic() - deadline_s)
-        late = [call.future for call in self._outstanding.values() if call.since <= limit]
-        raise DeadlineExpired("rollout", deadline_s, [call.name for call in late], self._client.stacks(late))
+        calls = {name: call.future for name, call in self._outstanding.items()}
+        while True:
+            limit = time.monotonic() - deadline_s
+            late = [call.future for call in self._outstanding.values() if call.since <= limit]
+            if late and not self._client.wait(late, 1, 0.0)[0]:
+                raise DeadlineExpired("rollout", deadline_s, [call.name for call in late], self._client.stacks(late))
+            oldest = min(call.since for call in self._outstanding.values())
+            done, _ = self._client.wait(list(calls.values()), 1, max(0.0, oldest - limit))
+            if done:
+                return next(name for name, future in calls.items() if future is done[0])
 
     def release(self) -> None:
         """Let the engines forget what is over, and what goes on in another rollout: its KV will be outdated."""

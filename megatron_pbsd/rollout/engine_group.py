@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from megatron_pbsd.controller.failures import DeadlineExpired
+from megatron_pbsd.controller.gather import end_hung
 from megatron_pbsd.controller.group import Group
-from megatron_pbsd.controller.runtime import Handle, Runtime
+from megatron_pbsd.controller.runtime import Future, Handle, Runtime
 from megatron_pbsd.rollout.engines.host import EngineHost
 from megatron_pbsd.rollout.engines.protocol import EngineStatistics
 
@@ -33,6 +35,13 @@ class EngineGroup(Group):
         group = cls(runtime, [start(f"engine-{i}") for i in range(count)], deadline_s)
         group._start = start
         return group
+
+    def _gather(self, phase: str, futures: Sequence[Future]) -> list[Any]:
+        """Engines that do not answer in time are ended; ComponentHung names the first of them."""
+        try:
+            return super()._gather(phase, futures)
+        except DeadlineExpired as expired:
+            raise end_hung(self._runtime, expired, futures)[0] from None
 
     def restart(self, name: str) -> Handle:
         """A new engine in the place of one that has died. It needs weights."""

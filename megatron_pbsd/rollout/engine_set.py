@@ -6,14 +6,14 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
-from megatron_pbsd.controller.failures import ComponentDied
-from megatron_pbsd.controller.gather import gather
+from megatron_pbsd.controller.failures import ComponentDied, DeadlineExpired
+from megatron_pbsd.controller.gather import end_hung, gather
 from megatron_pbsd.controller.runtime import Client, Handle
 from megatron_pbsd.rollout.errors import RolloutError
 
 
 class EngineSet:
-    """handles: by name, those that are there. deaths: of the present or latest rollout, in the order they were noticed.
+    """handles: by name, those that are there. deaths: in the order they were noticed.
 
     `join` and `leave` may be called from any thread, and take effect when the rollout's thread calls `arrivals` and
     `departures`.
@@ -40,8 +40,10 @@ class EngineSet:
         return arrived
 
     def departures(self) -> list[str]:
-        """Engines that are to leave as soon as their chunks have ended: `left` then says so."""
-        asked = [self._leaving.popleft() for _ in range(len(self._leaving))]
+        """Engines that are to leave as soon as their chunks have ended: `left` then says so. Those that have died since
+        they were asked to are gone already."""
+        dead = {death.name for death in self.deaths} - self.handles.keys()
+        asked = [name for _ in range(len(self._leaving)) if (name := self._leaving.popleft()) not in dead]
         if unknown := [name for name in asked if name not in self.handles]:
             raise RolloutError(f"engines {unknown} cannot leave: those that are there are {sorted(self.handles)}")
         return asked
@@ -59,7 +61,8 @@ class EngineSet:
         print(f"{death}\nThe rollout goes on with {', '.join(self.handles)}", flush=True)
 
     def ask(self, method: str, arguments: dict[str, Sequence[Any]] | None = None) -> dict[str, Any]:
-        """The answers of all by name, those left out that turn out to have died. arguments: by name, if any."""
+        """The answers of all by name, those left out that turn out to have died, or hang and are ended. arguments: by
+        name, if any."""
         calls = {name: handle.call(method, *(arguments or {}).get(name, ())) for name, handle in self.handles.items()}
         answers = {}
         for name, call in calls.items():
@@ -68,4 +71,7 @@ class EngineSet:
                     self._client, [call], phase=f"rollout.{method}", deadline_s=self._deadline_s)
             except ComponentDied as death:
                 self.died(death)
+            except DeadlineExpired as expired:
+                for death in end_hung(self._client, expired, [call]):
+                    self.died(death)
         return answers

@@ -5,10 +5,12 @@ import socket
 import threading
 
 import numpy as np
+import psutil
 import pytest
 
 from megatron_pbsd.controller.failures import ComponentDied, DeadlineExpired
-from megatron_pbsd.controller.gather import gather
+from megatron_pbsd.controller.gather import end_hung, gather
+from megatron_pbsd.controller.inline import InlineRuntime
 from megatron_pbsd.controller.ray_cluster import check_port, is_free
 from megatron_pbsd.errors import UsageError
 
@@ -119,6 +121,33 @@ def test_death_is_an_error_with_the_components_last_words(ray_runtime):
     assert str(pickle.loads(pickle.dumps(died.value))) == str(died.value)
     with pytest.raises(ComponentDied):
         ray_runtime.result(counter.call("add", 1))
+
+
+def test_a_stopped_component_is_ended(ray_runtime):
+    """It hears nothing but SIGKILL, and is gone, not about to go, when that has been done."""
+    import ray
+
+    counter, other = ray_runtime.spawn("stopped", Counter), ray_runtime.spawn("going on", Counter)
+    pid = ray.get(counter.pid)
+    os.kill(pid, signal.SIGSTOP)
+    futures = [counter.call("add", 1), counter.call("add", 2)]
+    with pytest.raises(DeadlineExpired, match="(?s)no answer within 0.2 s from stopped.*does not react") as expired:
+        gather(ray_runtime, futures, phase="test.stop", deadline_s=0.2)
+    (hung,) = end_hung(ray_runtime, expired.value, [*futures, other.call("add", 1)])
+    assert not psutil.pid_exists(pid)
+    assert isinstance(hung, ComponentDied) and isinstance(hung, DeadlineExpired)
+    assert str(pickle.loads(pickle.dumps(hung))) == str(hung)
+    assert hung.name == "stopped" and str(expired.value) in str(hung) and str(hung).endswith("stopped was ended")
+    with pytest.raises(ComponentDied):
+        ray_runtime.result(futures[0])
+    assert ray_runtime.result(other.call("add", 1)) == 2
+
+
+def test_what_has_no_process_of_its_own_is_not_ended():
+    runtime, expired = InlineRuntime(), DeadlineExpired("test", 1.0, ["counter"])
+    with pytest.raises(DeadlineExpired) as raised:
+        end_hung(runtime, expired, [runtime.spawn("counter", Counter).call("add", 1)])
+    assert raised.value is expired
 
 
 def test_observe_answers_beside_a_running_call(ray_runtime):

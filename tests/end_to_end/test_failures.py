@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from pbsd_process import INLINE, SMALL, none_left
+from pbsd_process import INLINE, SMALL, is_alive, none_left
 from safetensors.torch import load_file
 from small_disk import small_disk
 
@@ -76,6 +76,40 @@ def test_engines_that_die_are_started_anew(pbsd):
              if event["name"] == "thread_name"]
     assert sorted(lanes) == ["engine-0", "engine-1"]
     assert not list(Path("/dev/shm").glob(f"pbsd-{run.process.pid}-*"))
+
+
+@pytest.mark.slow
+def test_engines_that_hang_are_started_anew(pbsd):
+    """SIGSTOP to one while it has chunks, to the other after a rollout, so that weights cannot be given to it. The run
+    comes to what it would have come to; a third hang ends it."""
+    options = (*SMALL, "--checkpoint.every", "0", "--rollout.policy", "longest_remaining", "--rollout.deadline_s", "20",
+               "--steps", "16")
+    whole = pbsd("unhung", *options).succeed()
+    run = pbsd("engines-hang", *options)
+
+    def done():
+        return max(row["step"] for row in run.rows())
+
+    run.wait_for_step(1)
+    for victim, finished in (("engine-0", 1), ("engine-1", 16)):
+        wait_for_rollout_after(run, done, finished)
+        process = run.component(victim)
+        process.send_signal(signal.SIGSTOP)
+        run.wait_for_step(done() + 2)
+        assert not is_alive(process)
+    wait_for_rollout_after(run, done)
+    run.component("engine-0").send_signal(signal.SIGSTOP)
+    family = run.family()
+    code, errors = run.finish()
+    assert code == 1 and none_left(family)
+    assert errors.count("engine-0 died: it hung, with no answer for 20 s") == 1
+    assert errors.count("engine-1 died: it hung, with no answer for 20 s") == 1
+    assert "started anew, which may happen 0 more times" in errors
+    assert "no answer within 20 s from engine-0" in errors and "Traceback" not in errors
+    rows = run.rows()
+    for ours, theirs in zip(rows[1:], whole[1:], strict=False):
+        for key in ("reward/mean", "loss/total", "grad_norm", "rollout/tokens"):
+            assert ours[key] == pytest.approx(theirs[key], rel=1e-4, abs=1e-6), (ours["step"], key)
 
 
 @pytest.mark.slow

@@ -1,13 +1,15 @@
 from dataclasses import replace
 from functools import partial
 
+import psutil
 import pytest
 from scripted_rollout import EchoEnvironment, ScriptedEngine, chosen_experts, expected, requests
 
 from megatron_pbsd.config import RolloutConfig
-from megatron_pbsd.controller.failures import ComponentDied, DeadlineExpired
+from megatron_pbsd.controller.failures import ComponentDied, ComponentHung, DeadlineExpired
 from megatron_pbsd.controller.inline import InlineRuntime
 from megatron_pbsd.rollout.coordinator import Coordinator, Progress, summarised
+from megatron_pbsd.rollout.engine_group import EngineGroup
 from megatron_pbsd.rollout.engines.host import EngineHost
 from megatron_pbsd.rollout.engines.protocol import EngineStatistics, KVCounters
 from megatron_pbsd.rollout.errors import RolloutError
@@ -115,7 +117,7 @@ def test_without_an_engine_that_died_the_rollout_goes_on(ray_runtime, tmp_path):
     assert len(read_trajectories(sink)) == 24
     # The next one begins without it.
     assert collected(coordinator.collect(asked, step=1, seed=5, temperature=1.0)) == wanted(asked)
-    assert coordinator.statistics().deaths == coordinator.progress().deaths == ()
+    assert coordinator.statistics().deaths == () and coordinator.progress().deaths == (death,)
 
 
 def test_the_last_engines_death_is_named_and_what_was_finished_is_kept(ray_runtime, tmp_path):
@@ -143,18 +145,65 @@ def test_a_torn_last_line_is_left_out(tmp_path):
     assert read_trajectories(sink) == [trajectory]
 
 
-def test_a_hung_engine_is_named_with_its_stack(ray_runtime):
-    limits = LIMITS.model_copy(update={"deadline_s": 1.0})
-    handles = [
-        *engines(ray_runtime, 1),
-        ray_runtime.spawn("engine-hung", EngineHost, ScriptedEngine, name="engine-hung", hang_after=40)]
-    for handle in handles:
-        ray_runtime.result(handle.ready())
-    coordinator = Coordinator(handles, EchoEnvironment(), limits, ray_runtime.client)
+def hanging(runtime, name, **arguments):
+    """It has been started, so that no deadline has to last that long."""
+    handle = runtime.spawn(name, EngineHost, ScriptedEngine, name=name, **arguments)
+    runtime.result(handle.ready())
+    return handle
+
+
+def assert_ended(handle):
+    import ray
+
+    assert not psutil.pid_exists(ray.get(handle.pid))
+
+
+def test_without_an_engine_that_hung_the_rollout_goes_on(ray_runtime):
+    limits, asked = LIMITS.model_copy(update={"deadline_s": 1.0}), requests(6, 4)
+    hung, well = hanging(ray_runtime, "engine-hung", hang_after=40), hanging(ray_runtime, "engine-well")
+    coordinator = Coordinator([hung, well], EchoEnvironment(), limits, ray_runtime.client)
+    assert collected(coordinator.collect(asked, step=1, seed=5, temperature=1.0)) == wanted(asked)
+    (death,) = coordinator.statistics().deaths
+    assert death.name == "engine-hung" and death.deadline_s == 1.0
+    assert death.cause == "it hung, with no answer for 1 s in phase 'rollout', and was ended"
+    assert "in collect" in death.stacks and "scripted_rollout.py" in death.stacks
+    assert_ended(hung)
+
+
+def test_the_last_engine_that_hangs_ends_the_rollout_with_its_stack(ray_runtime):
+    hung = hanging(ray_runtime, "engine-hung", hang_after=40)
+    coordinator = Coordinator(
+        [hung], EchoEnvironment(), LIMITS.model_copy(update={"deadline_s": 1.0}), ray_runtime.client)
     with pytest.raises(DeadlineExpired) as expired:
         coordinator.collect(requests(6, 4), step=1, seed=5, temperature=1.0)
     assert expired.value.missing == ("engine-hung",)
-    assert "in collect" in expired.value.stacks and "scripted_rollout.py" in expired.value.stacks
+    assert "no answer within 1 s from engine-hung" in str(expired.value)
+    assert "in collect" in str(expired.value) and "scripted_rollout.py" in str(expired.value)
+    assert coordinator.progress().finished > 0
+    assert_ended(hung)
+
+
+def test_an_engine_that_hangs_over_its_statistics_is_left_out(ray_runtime):
+    limits, asked = LIMITS.model_copy(update={"deadline_s": 1.0}), requests(2, 2)
+    handles = [hanging(ray_runtime, "engine-mute", hang_over="statistics"), hanging(ray_runtime, "engine-well")]
+    coordinator = Coordinator(handles, EchoEnvironment(), limits, ray_runtime.client)
+    assert collected(coordinator.collect(asked, step=1, seed=5, temperature=1.0)) == wanted(asked)
+    assert [death.phase for death in coordinator.statistics().deaths] == ["rollout.statistics"]
+    assert_ended(handles[0])
+
+
+def test_engines_that_hang_between_rollouts_are_ended(ray_runtime):
+    """So that they die of it, and may be started anew."""
+    handles = [hanging(ray_runtime, f"engine-{i}", hang_over="update_weights" if i != 1 else None) for i in range(3)]
+    group = EngineGroup(ray_runtime, handles, deadline_s=1.0)
+    with pytest.raises(ComponentHung, match="'engines.update_weights': no answer within 1 s from engine-0\n") as hung:
+        group.update_weights(None, 1)
+    assert "engine-2 is at" in hung.value.stacks
+    for handle in (handles[0], handles[2]):
+        assert_ended(handle)
+    assert ray_runtime.result(handles[1].call("statistics")).version == 1
+    with pytest.raises(ComponentDied, match="engine-[02] died"):
+        group.update_weights(None, 1)
 
 
 def test_an_error_in_the_environment_is_raised_as_it_is(runtime):

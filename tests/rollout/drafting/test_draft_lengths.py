@@ -32,15 +32,18 @@ class Engine:
         return self.step + self.per_sequence * sequences
 
     def run(self, rule: DraftLengths, sequences: int) -> None:
-        drafted = [0] * sequences
-        if rule.worthwhile(sequences, ()):
+        drafted, rests = [0] * sequences, rule.rests(sequences)
+        if not rests and rule.worthwhile(sequences, ()):
             rule.available(sequences, [8] * sequences)
-            drafted = rule.choose([8] * sequences, [False] * sequences, sequences, ())
+            drafted = rule.choose([8] * sequences, sequences, ())
         kept = [self._kept(n) for n in drafted]
         made = self.plain(sequences) + self.per_draft * sum(n > 0 for n in drafted) + self.per_token * sum(drafted)
         luck = 1 + self.noise * self.random.uniform(-1, 1)
         made *= luck
-        rule.observe(sequences, (), drafted, kept, made)
+        if rests:
+            rule.rested(made)
+        else:
+            rule.observe(sequences, (), drafted, kept, made)
         self.seconds += made
         self.tokens += sequences + sum(kept)
         self.plain_seconds += luck * self.plain(sequences) / sequences * (sequences + sum(kept))
@@ -72,15 +75,15 @@ def test_never_slower_by_more_than_two_percent(engine, sequences):
     rule = DraftLengths()
     for _ in range(800):
         engine.run(rule, sequences)
-    # And the first step with drafts, whose loss nobody could foresee.
-    worst = (1 + engine.noise) * (engine.plain(sequences) + sequences * (engine.per_draft + engine.per_token))
+    # And the first step with drafts, which are long, and whose loss nobody could foresee.
+    worst = (1 + engine.noise) * (engine.plain(sequences) + sequences * (engine.per_draft + 8 * engine.per_token))
     assert engine.seconds <= 1.02 * engine.plain_seconds + worst
 
 
-# Always the same engines: there are some, in one of ten drawings, where it wins less (docs/speculation.md).
-@settings(max_examples=20, derandomize=True)
+@settings(max_examples=25)
 @given(costs, st.integers(1, 40))
 @example(Engine(1.0, 0.1, 0.226, 0.0, acceptance=0.75, noise=0.3, seed=4), 23)
+@example(Engine(0.25, 0.03125, 0.25, 0.125, acceptance=0.9375), 1)
 def test_most_of_what_can_be_won_is_won(engine, sequences):
     engine.noise, rule = min(engine.noise, 0.1), DraftLengths()
     for _ in range(800):
@@ -108,6 +111,46 @@ def test_drafts_that_stop_paying_stop_and_begin_again():
     assert drafted[0] > 270 and drafted[1] < 30 and drafted[2] > 270
 
 
+def test_plain_steps_that_become_cheaper_are_noticed_while_drafts_are_made():
+    """As when contexts are shorter: drafts won 0.7 of a step in 0.4 of one, and now it is 0.07 in 0.4."""
+    engine, rule = Engine(1.0, 0.0, 0.0, 0.05, acceptance=0.8), DraftLengths()
+    for _ in range(600):
+        engine.run(rule, 8)
+    assert engine.drafted_steps > 500
+    engine.step = 0.1
+    for _ in range(1500):
+        engine.run(rule, 8)
+    engine.drafted_steps = 0
+    for _ in range(200):
+        engine.run(rule, 8)
+    assert engine.drafted_steps < 20
+
+
+def test_what_few_sequences_win_is_not_spent_on_many():
+    """Batches of 40, where a drafted token costs more than it brings, alternate with what is left of them."""
+    engine, rule = Engine(1.0, 0.02, 0.0, 0.05, acceptance=0.7, noise=0.1), DraftLengths()
+    drafted = {40: 0, 2: 0}
+    for _ in range(20):
+        for sequences in drafted:
+            engine.drafted_steps = 0
+            for _ in range(40):
+                engine.run(rule, sequences)
+            drafted[sequences] += engine.drafted_steps
+    assert drafted[40] < 40 and drafted[2] > 500
+
+
+@pytest.mark.parametrize(("per_token", "pays"), [(0.01, True), (0.1, False)])
+def test_a_machine_that_others_slow_down_at_times_does_not_mislead(per_token, pays):
+    """Plain steps and those with drafts take half as long again during every other thirty."""
+    engine, rule = Engine(1.0, 0.02, 0.0, per_token, acceptance=0.6, noise=0.1), DraftLengths()
+    for step in range(1500):
+        slow = 1.5 if step // 30 % 2 else 1.0
+        engine.step, engine.per_sequence, engine.per_token = slow, 0.02 * slow, per_token * slow
+        engine.run(rule, 16)
+    assert engine.drafted_steps > 1200 if pays else engine.drafted_steps < 60
+    assert engine.seconds <= 1.02 * engine.plain_seconds
+
+
 def test_a_pause_of_the_machine_does_not_end_drafts_that_pay():
     engine, rule = Engine(1.0, 0.001, 0.0, 0.01, acceptance=0.8), DraftLengths()
     for _ in range(600):
@@ -128,31 +171,22 @@ def known(chances, per_token, sequences=10):
     for n in (1, 2, 3, 4) * 20:
         rule.cost.observe(sequences, (), sequences, sequences * n, 1.0 + per_token * sequences * n)
     rule._tried[:], rule._kept[:] = 1e9, 1e9 * np.array(chances)
+    rule.chances = rule._chances()
     return rule
 
 
 def test_drafts_are_as_long_as_a_further_token_pays():
     # Of ten sequences 10, 19, 22.5 or 22.85 tokens are made in 1, 1.2, 1.4 or 1.6 seconds.
-    assert known([0.9, 0.35 / 0.9, 0.1], 0.02).choose([3] * 10, [False] * 10, 10, ()) == [2] * 10
-    assert known([0.9, 0.25 / 0.9, 0.1], 0.02).choose([3] * 10, [False] * 10, 10, ()) == [1] * 10
-    assert known([0.9, 0.25 / 0.9, 0.1], 1e-5).choose([3] * 10, [False] * 10, 10, ()) == [3] * 10
+    assert known([0.9, 0.35 / 0.9, 0.1], 0.02).choose([3] * 10, 10, ()) == [2] * 10
+    assert known([0.9, 0.25 / 0.9, 0.1], 0.02).choose([3] * 10, 10, ()) == [1] * 10
+    assert known([0.9, 0.25 / 0.9, 0.1], 1e-5).choose([3] * 10, 10, ()) == [3] * 10
     # And drafts that end earlier are not lengthened.
-    assert known([0.9, 0.9, 0.9], 1e-5).choose([3, 0, 1, 2], [False] * 4, 10, ()) == [3, 0, 1, 2]
+    assert known([0.9, 0.9, 0.9], 1e-5).choose([3, 0, 1, 2], 10, ()) == [3, 0, 1, 2]
 
 
-def test_probes_get_longer_drafts_than_the_rest():
-    rule = known([0.8, 0.7, 0.7, 0.7], 0.021)
-    even = rule.choose([4] * 10, [False] * 10, 10, ())
-    lengths = rule.choose([4] * 10, [True] * 2 + [False] * 8, 10, ())
-    assert len(set(even)) == 1 and sum(even) <= sum(lengths) <= sum(even) + 8
-    assert lengths[0] == lengths[1] > lengths[2] and len(set(lengths[2:])) == 1
-
-
-@given(st.lists(st.tuples(st.integers(0, 9), st.booleans()), min_size=1, max_size=40), st.floats(0, 0.2))
-def test_choices_are_within_what_there_is(drafts, per_token):
-    rule = known([0.7] * 8, per_token)
-    available, probes = [n for n, _ in drafts], [probe for _, probe in drafts]
-    lengths = rule.choose(available, probes, 10, ())
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=40), st.floats(0, 0.2))
+def test_choices_are_within_what_there_is(available, per_token):
+    lengths = known([0.7] * 8, per_token).choose(available, 10, ())
     assert all(0 <= chosen <= min(n, 8) for chosen, n in zip(lengths, available, strict=True))
 
 
@@ -174,9 +208,20 @@ def test_one_slow_step_is_no_new_cost():
     cost = StepCost()
     for _ in range(100):
         cost.observe(8, (), 0, 0, 0.01)
-    assert cost.counted(8, (), 0, 0, 0.012) == 0.012
-    cost.observe(8, (), 0, 0, cost.counted(8, (), 0, 0, 5.0))
+    assert cost.observe(8, (), 0, 0, 0.012) == pytest.approx(0.012, rel=1e-3)
+    assert cost.observe(8, (), 0, 0, 5.0) < 0.04
     assert cost.plain(8, ()) < 0.011
+
+
+def test_what_was_expected_to_take_no_time_is_learned_all_the_same():
+    """Steps of 40 and 64 sequences let one expect that one of few takes less than nothing."""
+    cost = StepCost()
+    for step in range(100):
+        cost.observe(*((40, (), 0, 0, 0.001) if step % 2 else (64, (), 0, 0, 0.01)))
+    assert cost.plain(4, ()) == 0.0
+    for _ in range(200):
+        assert cost.observe(4, (), 0, 0, 0.005) > 0
+    assert cost.plain(4, ()) > 0.001
 
 
 def test_what_was_long_ago_is_forgotten():

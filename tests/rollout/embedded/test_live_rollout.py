@@ -7,10 +7,12 @@ import signal
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from scripted_rollout import EchoEnvironment, requests
 
 from megatron_pbsd.config import RolloutConfig
+from megatron_pbsd.controller.failures import ComponentHung
 from megatron_pbsd.controller.inline import InlineRuntime
 from megatron_pbsd.resharding.shared_memory import SharedFolder
 from megatron_pbsd.rollout.coordinator import Coordinator
@@ -116,11 +118,30 @@ def test_lengths_of_an_earlier_rollout_are_the_prior_of_the_next(folders, pool_f
     assert coordinator.statistics().predicted_lengths["count"] > 0
 
 
-@pytest.mark.parametrize("policy", [pytest.param("least_loaded", marks=pytest.mark.slow), "longest_remaining"])
-def test_a_killed_engine_costs_no_finished_chunk(ray_runtime, folders, pool_folder, tmp_path, policy):
-    """SIGKILL in the middle of a rollout. It ends as an undisturbed one, and a further rollout does without."""
+def stop_with_parked(runtime, running, coordinator, pid, parked, least):
+    """Stop the engine in the middle of the rollout, when at least so many files of KV are `parked`: their names."""
+    while True:
+        assert not runtime.wait([running], timeout=0.01)[0], "it was over too soon"
+        if runtime.result(coordinator.observe("progress")).tokens < 300:
+            continue
+        os.kill(pid, signal.SIGSTOP)
+        while psutil.Process(pid).status() != psutil.STATUS_STOPPED:
+            pass
+        if len(names := set(os.listdir(parked))) >= least:
+            return names
+        os.kill(pid, signal.SIGCONT)
+
+
+@pytest.mark.parametrize(("policy", "fate"), [
+    pytest.param("least_loaded", "dies", marks=pytest.mark.slow),
+    pytest.param("longest_remaining", "dies", marks=pytest.mark.slow), ("longest_remaining", "hangs")])
+def test_an_engine_that_is_lost_costs_no_finished_chunk(ray_runtime, folders, pool_folder, tmp_path, policy, fate):
+    """SIGKILL, or SIGSTOP for longer than the deadline, in the middle of a rollout. It ends as an undisturbed one, and
+    a further rollout does without."""
     asked, quiet = requests(12, 4), InlineRuntime()
     config = limits(policy, slots=4, chunk_tokens=8 if policy == "longest_remaining" else None)
+    if fate == "hangs":
+        config = config.model_copy(update={"deadline_s": 5.0})
     undisturbed = Coordinator(
         spawn(quiet, folders["qwen3"], pool_folder, config), EchoEnvironment(), config, quiet.client)
     expected = collected(undisturbed, asked)
@@ -134,24 +155,27 @@ def test_a_killed_engine_costs_no_finished_chunk(ray_runtime, folders, pool_fold
     victim = ray.get(handles[0].pid)
     running = coordinator.call("collect", asked, step=1, seed=5, temperature=1.0, sink=str(tmp_path / "sink.jsonl"))
     parked = Path(pool_folder.path) / "engine-1"
-    while ray_runtime.result(coordinator.observe("progress")).tokens < 300 or (
-            policy == "longest_remaining" and len(list(parked.iterdir())) < 3):
-        assert not ray_runtime.wait([running], timeout=0.01)[0], "it was over too soon"
-    os.kill(victim, signal.SIGKILL)
+    left = stop_with_parked(ray_runtime, running, coordinator, victim, parked, 3 if config.divides else 0)
+    if fate == "dies":
+        os.kill(victim, signal.SIGKILL)
     trajectories = [t for group in ray_runtime.result(running) for t in group.trajectories]
     assert_same(trajectories, expected)
     kept = read_trajectories(tmp_path / "sink.jsonl")
     assert sorted(t.trajectory_id for t in kept) == sorted(t.trajectory_id for t in expected)
     statistics = ray_runtime.result(coordinator.call("statistics"))
-    assert [death.name for death in statistics.deaths] == ["engine-1"]
-    assert ray_runtime.result(coordinator.observe("progress")).deaths[0].name == "engine-1"
-    if policy == "longest_remaining":
-        assert statistics.kv.moved_in > statistics.kv.moved_out, "nothing of the dead engine's was found"
+    (death,) = statistics.deaths
+    assert death.name == "engine-1" and not psutil.pid_exists(victim)
+    assert isinstance(death, ComponentHung) == (fate == "hangs")
+    (death,) = ray_runtime.result(coordinator.observe("progress")).deaths
+    assert death.name == "engine-1"
+    if config.divides:
+        assert left - set(os.listdir(parked)), "nothing that the lost engine had parked was taken"
     # The next rollout has one engine, until another takes the dead one's place.
     again = ray_runtime.result(coordinator.call("collect", asked[:2], step=1, seed=5, temperature=1.0))
     assert_same([t for group in again for t in group.trajectories], expected[:8])
     assert ray_runtime.result(coordinator.call("statistics")).deaths == ()
     (other,) = spawn(ray_runtime, folders["qwen3"], pool_folder, config, first=1)
+    ray_runtime.result(other.ready())
     ray_runtime.result(coordinator.observe("join", other))
     again = ray_runtime.result(coordinator.call("collect", asked[:2], step=1, seed=5, temperature=1.0))
     assert_same([t for group in again for t in group.trajectories], expected[:8])

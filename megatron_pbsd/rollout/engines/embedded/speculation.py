@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Sequence as Sequences
+from collections.abc import Callable, Collection, Sequence as Sequences
 
 from megatron_pbsd.rollout.drafting.draft_lengths import DraftLengths
 from megatron_pbsd.rollout.drafting.groups import DraftGroups
@@ -19,15 +19,15 @@ MOST_GROUPS = 1024
 
 
 class Speculation:
-    """longest: of a draft. always: draft whatever it costs; for tests and measurements."""
+    """longest: of a draft. always: draft whatever it costs; for tests and measurements. clock: what steps are timed by,
+    in seconds: see `clock_of`."""
 
-    def __init__(self, longest: int, always: bool = False):
+    def __init__(self, longest: int, always: bool = False, clock: Callable[[], float] = time.process_time):
         # Not when the first draft is made, whose cost is measured.
         warm_up()
         self._groups, self._lengths, self._always = DraftGroups(), DraftLengths(longest), always
         self._news: dict[str, list[SiblingTokens]] = {}
-        # Processor time: of other processes' work on the same cores a step says nothing.
-        self._began = self._own = 0.0
+        self._clock, self._began, self._own, self._rests = clock, 0.0, 0.0, False
         self._reads: list[int] = []
         self.drafts = self.drafted = self.accepted = 0
 
@@ -55,17 +55,20 @@ class Speculation:
 
     def propose(self, running: Collection[Sequence]) -> None:
         """Set the drafts that the next step is to verify. It begins now."""
-        self._began = time.process_time()
-        decoding = [s for s in running if len(s.tokens) - s.computed == 1]
-        reads = [n for s in running if (n := len(s.tokens) - s.computed) > 1]
-        self._reads = reads
-        if not decoding or not (self._always or self._lengths.worthwhile(len(running), reads)):
+        self._began = self._clock()
+        self._rests = not self._always and self._lengths.rests(len(running))
+        if self._rests:
+            return
+        unread = [len(s.tokens) - s.computed for s in running]
+        self._reads = [n for n in unread if n > 1]
+        decoding = [s for s, n in zip(running, unread) if n == 1]
+        if not decoding or not (self._always or self._lengths.worthwhile(len(running), self._reads)):
             return
         drafts = [self._draft(s) for s in decoding]
         lengths = [len(draft) for draft in drafts]
         self._lengths.available(len(running), lengths)
         if not self._always:
-            lengths = self._lengths.choose(lengths, [False] * len(drafts), len(running), reads)
+            lengths = self._lengths.choose(lengths, len(running), self._reads)
         for sequence, draft, length in zip(decoding, drafts, lengths):
             sequence.draft = draft[:length]
 
@@ -82,12 +85,21 @@ class Speculation:
 
     def verified(self, drafted: Sequences[int], kept: Sequences[int]) -> None:
         """The step is over. Per sequence: tokens of its draft, and how many of them were kept."""
-        ended = time.process_time()
-        self._lengths.observe(len(drafted), self._reads, drafted, kept, ended - self._began + self._own)
-        self._own = time.process_time() - ended
+        ended = self._clock()
+        seconds, self._own = ended - self._began + self._own, 0.0
+        if self._rests:
+            return self._lengths.rested(seconds)
+        self._lengths.observe(len(drafted), self._reads, drafted, kept, seconds)
         self.drafts += sum(n > 0 for n in drafted)
         self.drafted += sum(drafted)
         self.accepted += sum(kept)
+        self._own = self._clock() - ended
+
+
+def clock_of(device: str) -> Callable[[], float]:
+    """By what to time an engine's steps. On a CPU by the seconds of this process, as those of others' work on the same
+    cores say nothing; what another device takes only the wall clock knows."""
+    return time.process_time if device == "cpu" else time.perf_counter
 
 
 def _group(chunk: Chunk) -> str:
