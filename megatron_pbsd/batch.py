@@ -42,6 +42,7 @@ SCHEMA: dict[str, Field] = {
         Field("loss_mask", "float32", "token", 0, "zigzag", "1 where the policy generated the token"),
         Field("turn_index", "int64", "token", -1, "zigzag", "turn of a generated token, -1 elsewhere"),
         Field("answer_mask", "float32", "token", 0, "zigzag", "1 inside the final answer's text"),
+        Field("stale", "float32", "token", 0, "zigzag", "1 where older weights than those that train generated it"),
         Field("rollout_log_probs", "float32", "token", 0, "zigzag", "engine's log-prob when sampled (nats)"),
         Field("old_log_probs", "float32", "token", 0, "zigzag", "learner's log-prob before the update (nats)"),
         Field("reference_log_probs", "float32", "token", 0, "zigzag", "log-prob under the frozen reference (nats)"),

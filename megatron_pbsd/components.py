@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from megatron_pbsd import credit, losses, summary
 from megatron_pbsd.checkpointing.errors import CheckpointError
@@ -28,15 +28,16 @@ from megatron_pbsd.environments import Environment, build_environment
 from megatron_pbsd.learner.group import LearnerGroup
 from megatron_pbsd.observability.recorder import Recorder
 from megatron_pbsd.observability.records import TRAJECTORIES
-from megatron_pbsd.prompts import evaluation_requests, position
+from megatron_pbsd.prompts import Stream, evaluation_requests, position
 from megatron_pbsd.resharding.publication import Publisher
 from megatron_pbsd.resharding.shared_memory import SharedFolder
-from megatron_pbsd.resume import Start, find_start, leaving_weights
-from megatron_pbsd.rollout.coordinator import CollectStatistics, RolloutRequest, build_coordinator
+from megatron_pbsd.resume import Start, carried_file, find_start, leaving_weights
+from megatron_pbsd.rollout.coordinator import CollectStatistics, build_coordinator
 from megatron_pbsd.rollout.engine_group import EngineGroup
 from megatron_pbsd.rollout.engines.embedded.kv_pool import PoolPlace
 from megatron_pbsd.rollout.engines.host import EngineHost
 from megatron_pbsd.rollout.engines.protocol import Engine
+from megatron_pbsd.rollout.request import RolloutRequest, Started
 from megatron_pbsd.rollout.sink import read_trajectories, taken_up
 from megatron_pbsd.trajectory import Group, Trajectory
 
@@ -61,10 +62,14 @@ class Rollout:
         self._restarts = config.rollout.engine_restarts
         self._deaths = 0
         self._taken_up: list[Trajectory] = []
+        self.stream = Stream()
+        """Where the run is in its prompts if it goes on from the weights that the engines have."""
 
     def collect(self, requests: Sequence[RolloutRequest], step: int, *, temperature: float | None = None,
-                kind: str = "step", attempt: int = 0) -> tuple[list[Group], CollectStatistics]:
-        """Unscored groups in the order of `requests`, and what the engines did.
+                kind: str = "step", attempt: int = 0, carried: Sequence[Started] = (),
+                wanted: int | None = None) -> Collected:
+        """Unscored groups in the order of `carried` and `requests`, and what the engines did. carried, wanted: see
+        `Coordinator.collect`.
 
         Finished trajectories are in `trajectories/<kind>_<step>.unscored.jsonl` until a rollout begins that is not a
         further attempt of the same step. What a run that died had finished of this rollout, with the same weights, is
@@ -78,14 +83,15 @@ class Rollout:
         if attempt == 0:
             self.discard_unscored(but=sink.stem)
             self._taken_up = taken_up(sink, self._origin(sampling))
-        arguments = {"step": step, "sink": sink.resolve(), **sampling}
+        arguments = {"step": step, "sink": sink.resolve(), "carried": carried, "wanted": wanted, **sampling}
         groups = self._collect(requests, finished=self._taken_up, **arguments)
         while groups is None:
             groups = self._collect(requests, finished=read_trajectories(sink), **arguments)
         statistics = self._runtime.result(self._coordinator.call("statistics"))
         for span in statistics.spans:
             self._recorder.lane(span.engine, kind, span.start_ns, span.end_ns, step=step, chunks=span.chunks)
-        return groups, statistics
+        left = self._runtime.result(self._coordinator.call("left"))
+        return Collected(groups, statistics, left)
 
     def _collect(self, requests: Sequence[RolloutRequest], **arguments: Any) -> list[Group] | None:
         """Engines that die in it are started anew; None when that was so of all."""
@@ -105,11 +111,14 @@ class Rollout:
                 raise
             return None
 
-    def publish(self, version: int) -> dict[str, float]:
-        """See `Publisher.publish`. Engines that have died since the last rollout, or hang, are started anew."""
+    def publish(self, version: int, stream: Stream) -> dict[str, float]:
+        """See `Publisher.publish`. Engines that have died since the last rollout, or hang, are started anew. stream:
+        where the run is in its prompts."""
         while True:
             try:
-                return self._publisher.publish(version)
+                metrics = self._publisher.publish(version)
+                self.stream = stream
+                return metrics
             except ComponentDied as death:
                 if death.name not in self._engines.names:
                     raise
@@ -143,9 +152,18 @@ class Rollout:
                 path.unlink()
 
 
+class Collected(NamedTuple):
+    """groups: that are complete. left: what `Coordinator.left` has."""
+
+    groups: list[Group]
+    statistics: CollectStatistics
+    left: Sequence[Started] = ()
+
+
 @dataclass
 class Components:
-    """reference: an engine that no weights are published to, if the algorithm compares with it."""
+    """reference: an engine that no weights are published to, if the algorithm compares with it.
+    stream: where the run is in its prompts; the loop moves it on."""
 
     config: RunConfig
     recorder: Recorder
@@ -159,6 +177,7 @@ class Components:
 
     def __post_init__(self) -> None:
         splits = {self.config.environment.train_split, self.config.evaluation.split}
+        self.stream = self.start.stream
         self._tasks = {task.task_id: task for split in splits for task in self.environment.tasks(split)}
 
     @contextmanager
@@ -180,9 +199,9 @@ class Components:
         config = self.config
         with self.recorder.phase("evaluation"):
             requests = evaluation_requests(self.environment.tasks(config.evaluation.split), config)
-            groups, _ = self.rollout.collect(
+            collected = self.rollout.collect(
                 requests, step, temperature=config.evaluation.temperature, kind="evaluation")
-            return summary.of_evaluation(self.reward(groups))
+            return summary.of_evaluation(self.reward(collected.groups))
 
     def check(self, metrics: Mapping[str, float], evaluated: bool) -> None:
         """Raise what has gone wrong with checkpoints in the background, and that the one to choose the best by is no
@@ -201,8 +220,11 @@ class Components:
         layout = self.config.learner.parallel.model_dump()
         ranks = [writer_name(rank) for rank in range(layout["world_size"])]
         contents = Contents(
-            step, layout, {name: float(value) for name, value in metrics.items()}, position(self.config, step))
+            step, layout, {name: float(value) for name, value in metrics.items()},
+            position(self.config, self.stream.asked))
         with self.checkpoints.writing(contents, needed, ranks, then=exporter(self.config, step)) as folder:
+            for name, content in carried_file(self.stream).items():
+                (folder / name).write_bytes(content)
             self.learner.save(str(folder.resolve() / LEARNER), wait=False)
 
 
@@ -268,8 +290,8 @@ def build(config: RunConfig, resume: str | None) -> Iterator[Components]:
             learner.replace_weights(str(start.recovered.resolve()), (start.done - start.saved) * _updates(config))
         publisher = Publisher(learner, engines, _probe(environment, config), config.rollout.probe_tolerance)
         stack.callback(publisher.close)
-        stack.enter_context(leaving_weights(publisher, checkpoints.folder, config))
         rollout = Rollout(runtime, coordinator, config, recorder, publisher, engines)
+        stack.enter_context(leaving_weights(publisher, checkpoints.folder, config, lambda: rollout.stream))
         yield Components(config, recorder, environment, learner, publisher, rollout, reference, checkpoints, start)
         learner.saved()
         checkpoints.finish()

@@ -12,7 +12,7 @@ import numpy as np
 from megatron_pbsd import losses
 from megatron_pbsd.algorithms import Algorithm, Credit, Outcome, build_algorithm
 from megatron_pbsd.batch import Batch, from_trajectories
-from megatron_pbsd.config import LearnerConfig, PrivilegedConfig, RunConfig
+from megatron_pbsd.config import CustomLossConfig, LearnerConfig, PrivilegedConfig, RunConfig
 from megatron_pbsd.errors import UsageError
 from megatron_pbsd.learner.update import Update
 from megatron_pbsd.losses import Loss
@@ -57,6 +57,7 @@ class Plan:
     fields:    batch fields that forward passes before the update fill.
     deferred:  the algorithm only begins; the loss ends what it does with the log-probs of the update itself.
     top:       how many of the teacher's likeliest tokens are asked for.
+    fresh:     the weights whose tokens alone are trained on; None trains on all.
     """
 
     algorithm: Algorithm | None
@@ -64,6 +65,7 @@ class Plan:
     fields: tuple[str, ...]
     deferred: bool = False
     top: int = 0
+    fresh: int | None = None
 
     @property
     def passes(self) -> dict[str, tuple[str, ...]]:
@@ -83,7 +85,9 @@ def is_on_policy(trajectories: Sequence[Trajectory], version: int, config: Learn
 
 def plan_for(config: RunConfig, groups: Sequence[Group], version: int) -> Plan:
     """The plan of a step that trains weights `version` on these groups."""
-    return plan_of(config, is_on_policy(trajectories_of(groups), version, config.learner))
+    on_policy = is_on_policy(trajectories_of(groups), version, config.learner)
+    masks = config.rollout.stale_tokens == "mask" and not on_policy
+    return replace(plan_of(config, on_policy), fresh=version if masks else None)
 
 
 def plan_of(config: RunConfig, on_policy: bool) -> Plan:
@@ -93,9 +97,18 @@ def plan_of(config: RunConfig, on_policy: bool) -> Plan:
 
 
 def loss_of(config: RunConfig, on_policy: bool) -> Loss:
-    """What an update minimises. On exactly on-policy data the loss may end what the algorithm began."""
-    longest = min(config.rollout.max_turns * config.rollout.max_turn_tokens, config.rollout.max_context)
-    return losses.build(config.algorithm if on_policy else config.algorithm.loss, on_policy, longest)
+    """What an update minimises. On exactly on-policy data the loss may end what the algorithm began.
+
+    UsageError when it cannot correct for stale tokens as configured.
+    """
+    rollout, section = config.rollout, config.algorithm if on_policy else config.algorithm.loss
+    longest = min(rollout.max_turns * rollout.max_turn_tokens, rollout.max_context)
+    loss = losses.build(section, on_policy, longest, mask_stale=rollout.stale_tokens == "mask" and not on_policy)
+    correcting = rollout.max_staleness > 0 and rollout.stale_tokens == "correct"
+    if correcting and isinstance(section, CustomLossConfig) and "rollout_log_probs" not in loss.fields:
+        raise UsageError(f"rollout.stale_tokens = 'correct' corrects nothing with loss {loss.name!r}, which does not "
+                         "read 'rollout_log_probs': set stale_tokens to 'mask', or declare the field and weigh by it")
+    return loss
 
 
 def plan(algorithm: Algorithm, loss: Loss, on_policy: bool, top: int = 0) -> Plan:
@@ -125,6 +138,8 @@ def prepare(plan: Plan, groups: Sequence[Group], learner: Scorer,
     batch = from_trajectories(trajectories).with_fields(
         reward=[np.float32(t.reward) for t in trajectories],
         group=[np.int64(i) for i, group in enumerate(groups) for _ in group.trajectories])
+    if plan.fresh is not None:
+        batch = batch.with_fields(stale=on_generated(batch, [older(t, plan.fresh) for t in trajectories]))
     batch = scored(batch, plan, trajectories, learner, reference)
     if plan.algorithm is None:
         return batch, None
@@ -159,6 +174,13 @@ def scored(batch: Batch, plan: Plan, trajectories: Sequence[Trajectory], learner
         name: on_generated(batch, [row[mask > 0] for mask, row in zip(
             sequences[model]["loss_mask"], results[model][output], strict=True)])
         for name, (model, output) in SOURCES.items() if name in plan.fields})
+
+
+def older(trajectory: Trajectory, version: int) -> np.ndarray:
+    """float32 [n], by generated token: 1 where weights before `version` generated it."""
+    spans = [span for turn in trajectory.turns for span in turn.versions]
+    return np.repeat([np.float32(span.version < version) for span in spans],
+                     [span.end - span.start for span in spans]).astype(np.float32)
 
 
 def on_generated(batch: Batch, values: Sequence[np.ndarray]) -> list[np.ndarray]:

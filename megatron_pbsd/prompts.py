@@ -1,37 +1,66 @@
-"""Which prompts a step asks, and which trajectories an optimizer step sees. Pure functions of (seed, step).
+"""Which prompts a step asks, and which trajectories an optimizer step sees. Pure.
 
-There is no data-loader state: a resumed run asks what the uninterrupted one would have asked.
+The order of prompts is a function of the seed; all that a run keeps is how many of them are behind it, and the groups
+that it has begun and not trained on (`Stream`). A resumed run asks what the uninterrupted one would have asked.
 """
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from megatron_pbsd.batch import Batch
 from megatron_pbsd.config import PrivilegedConfig, RunConfig
 from megatron_pbsd.environments import Environment, Task
 from megatron_pbsd.errors import UsageError
-from megatron_pbsd.rollout.coordinator import RolloutRequest
+from megatron_pbsd.rollout.request import RolloutRequest, Started
 from megatron_pbsd.trajectory import Group
 
 
-def requests(environment: Environment, tasks: Sequence[Task], config: RunConfig, step: int,
+@dataclass(frozen=True)
+class Stream:
+    """Where a run is in its prompts, between two steps.
+
+    asked:    prompts of the stream, or demonstrations, that are behind it.
+    carried:  groups that were begun and are to be trained on, in the order in which they were asked for.
+    """
+
+    asked: int = 0
+    carried: tuple[Started, ...] = ()
+
+    def after(self, config: RunConfig, left: Sequence[Started] = ()) -> Stream:
+        """After one more step, which left these groups. Nothing is carried where `max_staleness` does not allow it."""
+        return Stream(self.asked + per_step(config, len(self.carried)),
+                      tuple(left) if config.rollout.max_staleness else ())
+
+
+def per_step(config: RunConfig, carried: int = 0) -> int:
+    """Prompts of the stream that a step takes when so many groups are carried to it. They are set aside for all its
+    attempts, whether or not these are made."""
+    if config.algorithm.name == "sft":
+        return config.algorithm.sequences_per_step
+    return max(0, config.rollout.prompts_in_flight - carried) * config.algorithm.sampling_attempts
+
+
+def requests(environment: Environment, tasks: Sequence[Task], config: RunConfig, stream: Stream,
              attempt: int = 0) -> list[RolloutRequest]:
-    """The prompts of rollout `attempt` (from 0) of training step `step` (from 1), each asked for a whole group.
+    """The prompts of rollout `attempt` (from 0) of the step that begins at `stream`, each asked for a whole group.
 
     Every epoch is a new permutation of all tasks, so no prompt repeats before the epoch is over. What a step asks does
-    not depend on how many attempts the steps before it took: prompts are set aside for all of them.
+    not depend on how many attempts the steps before it took. Group ids are the smallest numbers that differ from those
+    of the other attempts, and from those of carried groups.
     """
-    count = config.rollout.prompts_per_step
-    first = ((step - 1) * config.algorithm.sampling_attempts + attempt) * count
+    count = per_step(config, len(stream.carried)) // config.algorithm.sampling_attempts
+    first = stream.asked + attempt * count
     chosen = tasks_between(tasks, config.seed, first, first + count)
     answers = disclosed_answers(environment, chosen, config)
-    return [
-        RolloutRequest(str(attempt * count + i), task, config.rollout.group_size, answer)
-        for i, (task, answer) in enumerate(zip(chosen, answers, strict=True))
-    ]
+    taken = {group.group_id for group in stream.carried}
+    free = (number for number in map(str, itertools.count(attempt * count)) if number not in taken)
+    return [RolloutRequest(next(free), task, config.rollout.group_size, answer)
+            for task, answer in zip(chosen, answers, strict=True)]
 
 
 def informative(groups: Sequence[Group]) -> list[Group]:
@@ -56,16 +85,16 @@ def tasks_between(tasks: Sequence[Task], seed: int, start: int, stop: int) -> li
     return chosen
 
 
-def position(config: RunConfig, step: int) -> dict[str, Any]:
-    """Where in its data a run is after `step`: what decides the order of prompts, and how many are behind it."""
-    return _order(config) | {"prompts": step * _per_step(config)}
+def position(config: RunConfig, asked: int) -> dict[str, Any]:
+    """Where in its data a run is: what decides the order of prompts, and how many are behind it."""
+    return _order(config) | {"prompts": asked}
 
 
-def check_position(saved: Mapping[str, Any], config: RunConfig, step: int) -> str | None:
-    """Compare `position` of a checkpoint of `step` with where a run with `config` goes on from.
+def check_position(saved: Mapping[str, Any], config: RunConfig) -> int:
+    """How many prompts are behind a checkpoint of this `position`.
 
-    UsageError naming every key that makes it another order of prompts. With another number of prompts per step the
-    order is the same: what is then asked twice, or never, is returned as a sentence.
+    UsageError naming every key with which `config` makes it another order of prompts. Another number of prompts per
+    step is none: the run goes on where the checkpoint ends.
     """
     if different := {key: value for key, value in _order(config).items() if saved.get(key) != value}:
         raise UsageError(
@@ -73,25 +102,13 @@ def check_position(saved: Mapping[str, Any], config: RunConfig, step: int) -> st
             + "; ".join(f"{key} = {value!r}, the checkpoint was made with {saved.get(key)!r}"
                         for key, value in different.items())
             + ". Set them back, or begin a new run with the exported policy")
-    behind, here = saved["prompts"], step * _per_step(config)
-    if behind == here:
-        return None
-    first, last = min(behind, here), max(behind, here) - 1
-    return (f"step {step + 1} goes on at prompt {here} of the stream, with {_per_step(config)} prompts a step; the "
-            f"checkpoint ends at {behind}: prompts {first} to {last} are "
-            + ("asked again" if here < behind else "left out"))
+    return saved["prompts"]
 
 
 def _order(config: RunConfig) -> dict[str, Any]:
     environment = config.environment
     return {"seed": config.seed, "environment.name": environment.name,
             "environment.train_split": environment.train_split, "environment.hops": list(environment.hops)}
-
-
-def _per_step(config: RunConfig) -> int:
-    if config.algorithm.name == "sft":
-        return config.algorithm.sequences_per_step
-    return config.rollout.prompts_per_step * config.algorithm.sampling_attempts
 
 
 def disclosed_answers(environment: Environment, tasks: Sequence[Task], config: RunConfig) -> list[str]:

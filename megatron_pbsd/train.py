@@ -1,13 +1,14 @@
 """The training loop. Everything else is a component it is handed.
 
     weights      rollout.publish(version)              learner -> engines, in place, verified
-    rollout      rollout.collect(requests)             multi-turn trajectories, tools; token in, token out
+    rollout      rollout.collect(requests, carried)    multi-turn trajectories, tools; token in, token out
     reward       environment.score                     verified answer -> reward
     log_probs    credit.plan_for, credit.prepare       the forward passes that are needed -> advantage per token
     train        learner.step(batch)                   micro-batches -> forward_backward_func(loss hook) -> optimizer
     evaluation, checkpoint, and the recorder that keeps all of it
 
-Step s trains on rollouts of weights version s - 1 and makes version s; row 0 of the metrics is the starting policy.
+Step s trains weights version s - 1 on rollouts and makes version s; row 0 of the metrics is the starting policy. With
+over-sampling a step leaves groups unfinished, and `run.stream` carries them to the next (docs/partial_rollouts.md).
 """
 
 from __future__ import annotations
@@ -15,13 +16,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-from megatron_pbsd import credit, summary
+from megatron_pbsd import credit, staleness, summary
 from megatron_pbsd.batch import from_trajectories
-from megatron_pbsd.components import Components, build
+from megatron_pbsd.components import Collected, Components, build
 from megatron_pbsd.config import RunConfig
 from megatron_pbsd.environments.search_qa.demonstrations import Demonstrator
-from megatron_pbsd.prompts import informative, mini_batches, requests
-from megatron_pbsd.rollout.coordinator import CollectStatistics
+from megatron_pbsd.prompts import Stream, informative, mini_batches, per_step, requests
+from megatron_pbsd.rollout.request import Started
 from megatron_pbsd.trajectory import Group
 
 
@@ -39,7 +40,8 @@ def train_with_rewards(run: Components) -> None:
     config, recorder = run.config, run.recorder
     start(run)
     for step in range(run.start.done + 1, config.steps + 1):
-        groups, others, metrics = roll_out(config, partial(ask_prompts, run, step))
+        groups, others, left, metrics = roll_out(config, partial(ask_prompts, run, step))
+        metrics |= age(run, step, groups, left)
         with recorder.phase("log_probs"):
             plan = credit.plan_for(config, groups, version=step - 1)
             batch, credited = credit.prepare(plan, groups, run.learner, run.reference)
@@ -49,41 +51,53 @@ def train_with_rewards(run: Components) -> None:
             metrics |= summary.of_updates([update.metrics for update in updates])
         groups, credit_metrics = credit.conclude(plan, groups, batch, credited, updates)
         recorder.trajectories(step, groups + others, run.environment.decode)
-        finish(run, step, metrics | credit_metrics)
+        finish(run, step, metrics | credit_metrics, run.stream.after(config, left))
 
 
 def roll_out(
-    config: RunConfig, ask: Callable[[int], tuple[list[Group], CollectStatistics]]
-) -> tuple[list[Group], list[Group], dict[str, float]]:
-    """The groups to train on, those that are not, all with rewards, and metrics of all.
+    config: RunConfig, ask: Callable[[int], Collected]
+) -> tuple[list[Group], list[Group], list[Started], dict[str, float]]:
+    """The groups to train on, those that are not, all with rewards, those that are not complete, and metrics.
 
     ask:  attempt, from 0 → the scored groups of further prompts, and what the engines did.
 
     With `sampling_attempts` above 1 prompts are asked until as many groups as were wanted are informative.
     """
-    asked, statistics = [], []
+    asked, statistics, left = [], [], []
     attempts, wanted = config.algorithm.sampling_attempts, config.rollout.prompts_per_step
     for attempt in range(attempts):
-        groups, work = ask(attempt)
-        asked += groups
-        statistics.append(work)
+        collected = ask(attempt)
+        asked += collected.groups
+        left += collected.left
+        statistics.append(collected.statistics)
         if len(informative(asked)) >= wanted:
             break
     chosen = informative(asked)[:wanted] if attempts > 1 else asked
     chosen = chosen or asked[:wanted]
     ids = {group.group_id for group in chosen}
     others = [group for group in asked if group.group_id not in ids]
-    return chosen, others, summary.of_engines(statistics) | summary.of_rollout(asked)
+    return chosen, others, left, summary.of_engines(statistics) | summary.of_rollout(asked)
 
 
-def ask_prompts(run: Components, step: int, attempt: int) -> tuple[list[Group], CollectStatistics]:
-    """Rollout `attempt` of a training step, verified."""
+def ask_prompts(run: Components, step: int, attempt: int) -> Collected:
+    """Rollout `attempt` of a training step, verified. With over-sampling it ends before all groups are complete."""
+    config = run.config.rollout
     tasks = run.environment.tasks(run.config.environment.train_split)
     with run.recorder.phase("rollout"), run.engines_alone():
-        prompts = requests(run.environment, tasks, run.config, step, attempt)
-        groups, work = run.rollout.collect(prompts, step, attempt=attempt)
+        prompts = requests(run.environment, tasks, run.config, run.stream, attempt)
+        collected = run.rollout.collect(prompts, step, attempt=attempt, carried=run.stream.carried,
+                                        wanted=config.prompts_per_step if config.over_sampling > 1 else None)
     with run.recorder.phase("reward"):
-        return run.reward(groups), work
+        return collected._replace(groups=run.reward(collected.groups))
+
+
+def age(run: Components, step: int, groups: list[Group], left: list[Started]) -> dict[str, float]:
+    """Hold the step's groups to the bound of staleness; metrics of a step that over-samples."""
+    config, stream = run.config.rollout, run.stream
+    staleness.check(groups, step - 1, config.max_staleness)
+    if config.over_sampling == 1:
+        return {}
+    return staleness.metrics(config, stream, per_step(run.config, len(stream.carried)), groups, left, step - 1)
 
 
 def train_supervised(run: Components) -> None:
@@ -93,28 +107,32 @@ def train_supervised(run: Components) -> None:
     start(run)
     for step in range(run.start.done + 1, config.steps + 1):
         with recorder.phase("train"):
-            first = (step - 1) * size
+            first = run.stream.asked
             batch = from_trajectories([demonstrator.demonstration(first + i) for i in range(size)])
             metrics = run.learner.step(batch).metrics
-        finish(run, step, metrics)
+        finish(run, step, metrics, run.stream.after(config))
 
 
 def start(run: Components) -> None:
     """Give the engines the learner's weights, new or resumed, and evaluate the starting policy."""
     with run.recorder.phase("weights"):
-        metrics = run.rollout.publish(run.start.done)
+        metrics = run.rollout.publish(run.start.done, run.stream)
     if run.start.done == 0:
         run.recorder.log(0, metrics | run.evaluate(0) if run.config.evaluation.at_start else metrics)
 
 
-def finish(run: Components, step: int, metrics: dict[str, float]) -> None:
-    """Publish the step's weights, evaluate and save where that is due, and write the step's row."""
+def finish(run: Components, step: int, metrics: dict[str, float], stream: Stream) -> None:
+    """Publish the step's weights, evaluate and save where that is due, and write the step's row.
+
+    stream: where the step leaves the run in its prompts.
+    """
+    run.stream = stream
     config, recorder = run.config, run.recorder
     metrics |= run.start.metrics(step)
     evaluating, saving = is_due(step, config.evaluation.every, config), is_due(step, config.checkpoint.every, config)
     if config.algorithm.name != "sft" or evaluating:
         with recorder.phase("weights"):
-            metrics |= run.rollout.publish(step)
+            metrics |= run.rollout.publish(step, stream)
     if evaluating:
         metrics |= run.evaluate(step)
     run.check(metrics, evaluating)

@@ -33,17 +33,19 @@ def chosen_experts(tokens: Sequence[int], start: int = 0) -> np.ndarray:
 
 
 class ScriptedEngine:
-    """One token for every running chunk per round. `crash_after`, `hang_after`: tokens until it does.
-    `hang_over`: the method that never returns."""
+    """One token for every running chunk per round, which takes `slow_s`. `crash_after`, `hang_after`: tokens until it
+    does. `hang_over`: the method that never returns."""
 
     def __init__(self, name: str, crash_after: int | None = None, hang_after: int | None = None,
-                 chunk_tokens: int = 99, hang_over: str | None = None):
-        self.hang_over = hang_over
+                 chunk_tokens: int = 99, hang_over: str | None = None, slow_s: float = 0.0):
+        self.hang_over, self.slow_s = hang_over, slow_s
         self.name, self.crash_after, self.hang_after, self.chunk_tokens = name, crash_after, hang_after, chunk_tokens
         self.running: dict[str, tuple[Chunk, list[int]]] = {}
         self.kept: set[str] = set()
         self.generated = self.cached = self.most_running = self.weights = 0
         self.busy = 0.0
+        self.interrupted = False
+        self.aborted: list[ChunkResult] = []
 
     def submit(self, chunks: Sequence[Chunk]) -> None:
         for chunk in chunks:
@@ -55,7 +57,8 @@ class ScriptedEngine:
 
     def collect(self) -> list[ChunkResult]:
         start, ended = time.perf_counter(), []
-        while self.running and not ended:
+        while self.running and not ended and not self.interrupted:
+            time.sleep(self.slow_s)
             for chunk, tokens in list(self.running.values()):
                 tokens.append(sampled(chunk.seed, chunk.request_id, len(chunk.tokens) + len(tokens)))
                 self.generated += 1
@@ -69,7 +72,15 @@ class ScriptedEngine:
             if self.hang_after is not None and self.generated >= self.hang_after:
                 self._hang()
         self.busy += time.perf_counter() - start
+        ended, self.aborted = self.aborted + ended, []
         return ended
+
+    def interrupt(self) -> None:
+        self.interrupted = True
+
+    def abort(self, request_ids: Sequence[str]) -> None:
+        self.interrupted = False
+        self.aborted = [self._end(*self.running[name], "abort") for name in request_ids if name in self.running]
 
     def _hang(self) -> None:
         while True:
@@ -78,7 +89,7 @@ class ScriptedEngine:
     def _end(self, chunk: Chunk, tokens: list[int], reason: str) -> ChunkResult:
         del self.running[chunk.request_id]
         self.kept.add(chunk.request_id)
-        versions = (VersionSpan(self.weights, 0, len(tokens)),)
+        versions = (VersionSpan(self.weights, 0, len(tokens)),) if tokens else ()
         experts = None
         if chunk.routed_from is not None:
             read = (*chunk.tokens, *tokens)[chunk.routed_from : -1]

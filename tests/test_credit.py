@@ -11,6 +11,7 @@ from hypothesis import given, settings, strategies as st
 from megatron_pbsd import credit
 from megatron_pbsd.algorithms import build_algorithm
 from megatron_pbsd.config import (
+    CustomLossConfig,
     DistillConfig,
     GRPOConfig,
     LearnerConfig,
@@ -18,6 +19,7 @@ from megatron_pbsd.config import (
     PPOConfig,
     ReinforcePPConfig,
     RLOOConfig,
+    RunConfig,
 )
 from megatron_pbsd.errors import UsageError
 from megatron_pbsd.learner.update import Update
@@ -190,3 +192,47 @@ def test_on_policy_is_read_off_the_tokens():
         VersionSpan(2, 0, n),))
     carried = replace(trajectories[-1], turns=(*trajectories[-1].turns[:-1], mixed))
     assert not credit.is_on_policy([*trajectories[:-1], carried], 3, once)
+
+
+def older_trajectory():
+    """Of five generated tokens weights 2 generated the first three, and the second turn begins with one of them."""
+    turns = (Turn((5, 6), (-0.5,) * 2, (9, 9), "search", "stop", (VersionSpan(2, 0, 2),)),
+             Turn((7, 8, 1), (-0.5,) * 3, (), "answer", "stop", (VersionSpan(2, 0, 1), VersionSpan(3, 1, 3))))
+    return Trajectory("2/0/0", "0", "t", (1, 2), (1, 2, 3), turns, 1.0)
+
+
+def run_config(**rollout):
+    return RunConfig.model_validate({
+        "name": "n", "steps": 1, "model": {"path": "m"}, "learner": {"updates_per_step": 1},
+        "rollout": {"over_sampling": 2.0, "max_staleness": 1, **rollout}})
+
+
+@pytest.mark.parametrize("algorithm", [GRPOConfig(), PBSDConfig()])
+def test_stale_tokens_are_marked_where_they_are_masked(algorithm):
+    groups = [Group("0", (older_trajectory(),))]
+    masked = run_config(stale_tokens="mask").model_copy(update={"algorithm": algorithm})
+    corrected = run_config().model_copy(update={"algorithm": algorithm})
+    plan = credit.plan_for(masked, groups, version=3)
+    batch, _ = credit.prepare(plan, groups, Model(), None)
+    np.testing.assert_array_equal(batch["stale"][0], [0, 0, 1, 1, 0, 0, 1, 0, 0])
+    assert "stale" in credit.loss_of(masked, on_policy=False).fields
+    # The learner's own loss, and the pass for the old log-probs: not the shortcut for data of the present weights.
+    for config in (masked, corrected):
+        plan = credit.plan_for(config, groups, version=3)
+        assert plan.loss is None and not plan.deferred and "old_log_probs" in plan.fields
+    batch, _ = credit.prepare(credit.plan_for(corrected, groups, version=3), groups, Model(), None)
+    assert "stale" not in batch
+
+
+def test_fresh_data_need_no_marks():
+    plan = credit.plan_for(run_config(stale_tokens="mask"), make_groups([2], version=3), version=3)
+    assert plan.fresh is None and plan.deferred and "stale" not in plan.loss.fields
+
+
+def test_a_custom_loss_has_to_read_what_it_is_to_correct_by():
+    loss = CustomLossConfig(file="docs/examples/early_turns_loss.py")
+    config = run_config().model_copy(update={"algorithm": GRPOConfig(loss=loss)})
+    with pytest.raises(UsageError, match="corrects nothing with loss 'early_turns', which does not read 'rollout_log"):
+        credit.loss_of(config, on_policy=False)
+    masked = run_config(stale_tokens="mask").model_copy(update={"algorithm": GRPOConfig(loss=loss)})
+    assert set(credit.loss_of(masked, on_policy=False).fields) == {"advantages", "turn_index", "stale"}

@@ -1,7 +1,6 @@
 """The order of the data and the dealing of groups, as properties."""
 
 import json
-import re
 
 import numpy as np
 import pytest
@@ -9,10 +8,11 @@ from hypothesis import given, strategies as st
 from scripted_rollout import EchoEnvironment
 
 from megatron_pbsd.batch import Batch
+from megatron_pbsd.components import Collected
 from megatron_pbsd.config import RunConfig
 from megatron_pbsd.environments import Task
 from megatron_pbsd.errors import UsageError
-from megatron_pbsd.prompts import check_position, mini_batches, position, requests, tasks_between
+from megatron_pbsd.prompts import Stream, check_position, mini_batches, position, requests, tasks_between
 from megatron_pbsd.rollout.coordinator import CollectStatistics
 from megatron_pbsd.train import roll_out
 from megatron_pbsd.trajectory import Group, Trajectory, Turn, VersionSpan
@@ -51,8 +51,10 @@ def test_further_attempts_ask_what_no_other_rollout_of_the_epoch_asks(tasks, cou
     config = RunConfig(name="n", steps=steps, model={"path": "m"}, rollout={"prompts_per_step": count},
                        algorithm={"name": "dapo", "sampling_attempts": attempts}, learner={"updates_per_step": 1})
     pool = [Task(f"t{i}", "q", ("a",), 1) for i in range(tasks)]
-    asked = [[requests(EchoEnvironment(), pool, config, step, attempt) for attempt in range(attempts)]
-             for step in range(1, steps + 1)]
+    stream, asked = Stream(), []
+    for _ in range(steps):
+        asked.append([requests(EchoEnvironment(), pool, config, stream, attempt) for attempt in range(attempts)])
+        stream = stream.after(config)
     stream = [request.task.task_id for step in asked for rollout in step for request in rollout]
     for start in range(0, len(stream) - tasks + 1, tasks):
         assert len(set(stream[start : start + tasks])) == tasks
@@ -72,7 +74,7 @@ EQUAL, MIXED = [1.0, 1.0], [0.0, 1.0]
 ])
 def test_dynamic_sampling_replaces_groups_that_teach_nothing(rewards, chosen, attempts):
     asked = []
-    groups, others, metrics = roll_out(*sampling(rewards, asked, name="dapo", sampling_attempts=3))
+    groups, others, _, metrics = roll_out(*sampling(rewards, asked, name="dapo", sampling_attempts=3))
     assert [g.group_id for g in groups] == chosen
     assert asked == list(range(attempts)) and metrics["rollout/attempts"] == attempts
     assert sorted([g.group_id for g in groups + others], key=int) == [str(i) for i in range(2 * attempts)]
@@ -86,15 +88,15 @@ def sampling(rewards, asked, **algorithm):
     def ask(attempt):
         asked.append(attempt)
         groups = [group(2 * attempt + i, r) for i, r in enumerate(rewards[attempt])]
-        return groups, CollectStatistics(1, 1, 10, 0, 0, 2.0, 0.5)
+        return Collected(groups, CollectStatistics(1, 1, 10, 0, 0, 2.0, 0.5))
 
     return RunConfig(name="n", steps=1, model={"path": "m"}, rollout={"prompts_per_step": 2},
                      algorithm=algorithm, learner={"updates_per_step": 1}), ask
 
 
 def test_without_dynamic_sampling_every_group_is_kept():
-    groups, others, _ = roll_out(*sampling([[EQUAL, MIXED]], [], name="grpo"))
-    assert [g.group_id for g in groups] == ["0", "1"] and not others
+    groups, others, left, _ = roll_out(*sampling([[EQUAL, MIXED]], [], name="grpo"))
+    assert [g.group_id for g in groups] == ["0", "1"] and not others and not left
 
 
 def run_config(steps=9, seed=1, environment=None, **sections):
@@ -102,34 +104,29 @@ def run_config(steps=9, seed=1, environment=None, **sections):
                                      "environment": environment or {}, **sections})
 
 
-def saved_at(step, **sections):
+def saved_at(asked, **sections):
     """As a checkpoint's manifest gives it back."""
-    return json.loads(json.dumps(position(run_config(**sections), step)))
+    return json.loads(json.dumps(position(run_config(**sections), asked)))
 
 
 DAPO = {"algorithm": {"name": "dapo", "sampling_attempts": 3}}
 SFT = {"algorithm": {"name": "sft", "sequences_per_step": 64}}
 
 
-@pytest.mark.parametrize("sections", [{}, {"rollout": {"prompts_per_step": 5}}, DAPO, SFT], ids=str)
-def test_the_same_data_goes_on_without_a_word(sections):
-    assert check_position(saved_at(4, **sections), run_config(steps=20, **sections), 4) is None
-
-
-@pytest.mark.parametrize(("sections", "prompts", "words"), [
-    ({"rollout": {"prompts_per_step": 8}}, 64, "goes on at prompt 32 .* ends at 64: prompts 32 to 63 are asked again"),
-    ({"rollout": {"prompts_per_step": 20}}, 64, "goes on at prompt 80 .* ends at 64: prompts 64 to 79 are left out"),
-    (DAPO, 64, "goes on at prompt 192 of the stream, with 48 prompts a step"),
-])
-def test_a_position_that_moves_is_told(sections, prompts, words):
-    saved = saved_at(4)
-    assert saved["prompts"] == prompts
-    assert re.search(words, check_position(saved, run_config(**sections), 4))
+@pytest.mark.parametrize(
+    ("sections", "per_step"), [({}, 16), ({"rollout": {"prompts_per_step": 5}}, 5), (DAPO, 48), (SFT, 64)])
+def test_a_run_goes_on_where_its_checkpoint_ends(sections, per_step):
+    """With any other number of prompts per step, too."""
+    stream = Stream().after(run_config(**sections)).after(run_config(**sections))
+    assert stream == Stream(2 * per_step)
+    saved = saved_at(stream.asked, **sections)
+    for other in ({}, {"rollout": {"prompts_per_step": 3}}, DAPO):
+        assert check_position(saved, run_config(steps=20, **other)) == 2 * per_step
 
 
 def test_another_order_of_prompts_is_refused_with_every_key():
     saved = saved_at(4)
     with pytest.raises(UsageError, match=r"seed = 2, the checkpoint was made with 1; .*hops = \[1\], .* with \[1, 2"):
-        check_position(saved, run_config(seed=2, environment={"hops": [1]}), 4)
+        check_position(saved, run_config(seed=2, environment={"hops": [1]}))
     with pytest.raises(UsageError, match="environment.train_split = 'heldout', the checkpoint was made with 'train'"):
-        check_position(saved, run_config(environment={"train_split": "heldout"}), 4)
+        check_position(saved, run_config(environment={"train_split": "heldout"}))

@@ -77,7 +77,8 @@ class PrescribedEngine(EmbeddedEngine):
         time.sleep(max(0.0, end - time.perf_counter()))
 
     def collect(self) -> list[ChunkResult]:
-        return [replace(result, finish_reason="stop") if result.request_id in self._last else result
+        return [replace(result, finish_reason="stop")
+                if result.request_id in self._last and result.finish_reason == "length" else result
                 for result in super().collect()]
 
 

@@ -43,12 +43,13 @@ TENSORS = "tensors.json"
 
 def keep(
     checkpoints: Path, contents: Contents, tensors: Mapping[str, torch.Tensor], checksums: Mapping[str, str],
-    origin: Path,
+    origin: Path, further: Mapping[str, bytes] | None = None,
 ) -> Path:
     """Write `tensors`, the weights after `contents.step`, into `checkpoints`; all of them, or nothing.
 
     checksums: what they must have, once they are on disk; CheckpointError naming those that do not.
     origin:    folder whose configuration and tokenizer go with them.
+    further:   files that are kept beside them, by name.
     """
     needed, free = sum(tensor.nbytes for tensor in tensors.values()), shutil.disk_usage(checkpoints).free
     if free < needed:
@@ -57,6 +58,8 @@ def keep(
     try:
         export_hf(tensors, origin, draft)
         write_synced(draft / TENSORS, json.dumps(checksums, indent=1).encode())
+        for name, content in (further or {}).items():
+            write_synced(draft / name, content)
         if wrong := _differing(draft):
             raise CheckpointError(f"not what was published: {named(wrong)}")
         files = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import ceil
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -29,6 +30,14 @@ class RolloutConfig(Section):
     """Prompts, and so groups, per step."""
     group_size: Annotated[int, Field(ge=2)] = 8
     """Trajectories per prompt."""
+    over_sampling: Annotated[float, Field(ge=1)] = 1.0
+    """Prompts in flight per prompt of `prompts_per_step`. Above 1 a step ends as soon as `prompts_per_step` groups are
+    complete; the others are dropped, or carried to the next step if `max_staleness` allows that."""
+    max_staleness: Annotated[int, Field(ge=0)] = 0
+    """Most weight versions that the oldest token of a trajectory may be behind the weights that train on it. 0 drops
+    groups that are not complete when a step ends; above 0 they are carried, and are complete in time."""
+    stale_tokens: Literal["correct", "mask"] = "correct"
+    """Tokens that older weights generated are trained on, corrected by the loss's `mismatch`; or are context alone."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
     """Sampling temperature of training rollouts."""
     max_turns: PositiveInt = 6
@@ -68,9 +77,14 @@ class RolloutConfig(Section):
         """Most tokens that a trajectory can generate."""
         return min(self.max_turns * self.max_turn_tokens, self.max_context)
 
+    @property
+    def prompts_in_flight(self) -> int:
+        """Prompts, and so groups, that a step begins with."""
+        return ceil(self.over_sampling * self.prompts_per_step)
+
     def conflicts(self) -> list[str]:
         """Keys that mean nothing beside others, one message each."""
-        problems = []
+        problems = self._partial_conflicts()
         if self.chunk_tokens is not None and not self.divides:
             problems.append(
                 f"rollout.chunk_tokens = {self.chunk_tokens} has no effect with rollout.policy = {self.policy!r}, "
@@ -79,6 +93,19 @@ class RolloutConfig(Section):
             problems.append(
                 f"rollout.chunk_tokens = {self.chunk_tokens} divides nothing: turns have at most "
                 f"rollout.max_turn_tokens = {self.max_turn_tokens}; the nearest valid value is {self.max_turn_tokens}")
+        return problems
+
+    def _partial_conflicts(self) -> list[str]:
+        problems = []
+        if self.max_staleness and self.over_sampling == 1:
+            problems.append(
+                f"rollout.max_staleness = {self.max_staleness} has no effect with rollout.over_sampling = 1: every "
+                "step waits for all of its groups and leaves none to carry; set over_sampling above 1, such as 1.5, "
+                "or max_staleness to 0")
+        if self.stale_tokens == "mask" and not self.max_staleness:
+            problems.append(
+                "rollout.stale_tokens = 'mask' has no effect with rollout.max_staleness = 0, under which no token is "
+                "stale; set max_staleness to at least 1, or stale_tokens to 'correct'")
         return problems
 
 

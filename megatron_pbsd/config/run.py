@@ -101,6 +101,7 @@ class RunConfig(Section):
                 f"learner.micro_batch_tokens * learner.parallel.{ranks} = {learner.micro_batch_tokens} * {size} = "
                 f"{positions} positions; raise either, or lower max_context to at most {positions + 1}")
         problems += self.rollout.conflicts()
+        problems += self._partial_conflicts()
         problems += self._checkpoint_conflicts()
         if self.model is not None and self.model.initial_weights == "random":
             reason = ("compares the policy with the model in model.path, from which model.initial_weights = 'random' "
@@ -110,6 +111,28 @@ class RunConfig(Section):
                 problems.append(f"algorithm.kl_penalty = {algorithm.kl_penalty:g} {reason} 0")
             if isinstance(algorithm.loss, PolicyLossConfig) and algorithm.loss.kl_reference == "reference":
                 problems.append(f"algorithm.loss.kl_reference = 'reference' {reason} 'old'")
+        return problems
+
+    def _partial_conflicts(self) -> list[str]:
+        rollout, algorithm = self.rollout, self.algorithm
+        if rollout.over_sampling == 1:
+            return []
+        asked = f"rollout.over_sampling = {rollout.over_sampling:g}"
+        if algorithm.name == "sft":
+            return [f"{asked} has no effect with algorithm.name = 'sft', which trains on demonstrations; set it to 1"]
+        problems = []
+        if algorithm.sampling_attempts > 1:
+            problems.append(
+                f"{asked} and algorithm.sampling_attempts = {algorithm.sampling_attempts} both ask for more prompts "
+                "than a step trains on, and cannot be combined: set sampling_attempts to 1, or over_sampling to 1")
+        loss = algorithm.loss
+        corrected = loss.mismatch.name != "none" if isinstance(loss, PolicyLossConfig) else loss.name != "reverse_kl"
+        if rollout.max_staleness and rollout.stale_tokens == "correct" and not corrected:
+            lacking = ("algorithm.loss.mismatch.name = 'none'" if isinstance(loss, PolicyLossConfig)
+                       else f"algorithm.loss.name = {loss.name!r}")
+            problems.append(
+                f"rollout.stale_tokens = 'correct' corrects nothing with {lacking}: set stale_tokens to 'mask', or the "
+                "loss to 'policy' with a mismatch correction such as 'token_tis'")
         return problems
 
     def _checkpoint_conflicts(self) -> list[str]:

@@ -27,7 +27,7 @@ class Handle(Protocol):
         """Run `component.method(*args, **kwargs)`."""
 
     def observe(self, method: str, /, *args: Any, **kwargs: Any) -> Future:
-        """The same in a second thread, beside a running call: for methods that only read."""
+        """The same in a second thread, beside a running call: for methods that only read, or say that they may."""
 
     def ready(self) -> Future:
         """Done when the component has been constructed; fails with what its constructor raised."""

@@ -14,12 +14,14 @@ from megatron_pbsd.losses.pbsd import redistributed
 from megatron_pbsd.losses.policy import build_policy_loss
 from megatron_pbsd.losses.reduction import token_weights
 from megatron_pbsd.losses.sft import sft_loss
+from megatron_pbsd.losses.stale import without_stale
 
 __all__ = ["Constant", "Loss", "LossError", "LossInputs", "LossOutput", "Reduction", "build", "register_loss",
            "token_weights"]
 
 
-def build(config: sections.Section, on_policy: bool = False, generation_limit: int | None = None) -> Loss:
+def build(config: sections.Section, on_policy: bool = False, generation_limit: int | None = None,
+          mask_stale: bool = False) -> Loss:
     """The loss that a configuration asks for; it can be pickled.
 
     config:            a loss section of `megatron_pbsd.config`, or the section of an algorithm. For most algorithms
@@ -27,10 +29,13 @@ def build(config: sections.Section, on_policy: bool = False, generation_limit: i
                        the batch's `teacher_log_probs` first. An algorithm that has done so itself passes `config.loss`.
     on_policy:         the data are of exactly the policy being trained: the loss does without `old_log_probs`.
     generation_limit:  most tokens that a trajectory may generate, the divisor of reduction 'constant'.
+    mask_stale:        tokens of the batch field `stale` are context alone.
 
     LossError when the configuration needs what is missing: a user's file, or the generation limit.
     """
     loss = _build(config, generation_limit)
+    if mask_stale:
+        loss = without_stale(loss)
     return without_old_log_probs(loss) if on_policy else loss
 
 

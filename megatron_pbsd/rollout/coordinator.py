@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
@@ -14,26 +14,19 @@ from megatron_pbsd.environments import Environment, Task, build_environment
 from megatron_pbsd.rollout.activity import EngineSpan
 from megatron_pbsd.rollout.dispatcher import Dispatcher
 from megatron_pbsd.rollout.engine_set import EngineSet
-from megatron_pbsd.rollout.engines.protocol import EngineStatistics, KVCounters
+from megatron_pbsd.rollout.engines.protocol import ChunkResult, EngineStatistics, KVCounters
 from megatron_pbsd.rollout.episode import Episode, EpisodeStart
 from megatron_pbsd.rollout.errors import RolloutError
 from megatron_pbsd.rollout.length_history import LengthHistory
 from megatron_pbsd.rollout.policies.configured import configured_policy
 from megatron_pbsd.rollout.policies.context_aware import ContextAware
+from megatron_pbsd.rollout.policies.first import First
 from megatron_pbsd.rollout.policies.longest_remaining import LongestRemaining
+from megatron_pbsd.rollout.quota import Quota, due
+from megatron_pbsd.rollout.request import Member, RolloutRequest, Started, Unfinished
 from megatron_pbsd.rollout.scheduler import Policy
 from megatron_pbsd.rollout.sink import TrajectorySink
 from megatron_pbsd.trajectory import Group, Trajectory
-
-
-@dataclass(frozen=True)
-class RolloutRequest:
-    """`samples` trajectories of one task. `privileged_answer`: what the teacher's prompt discloses."""
-
-    group_id: str
-    task: Task
-    samples: int
-    privileged_answer: str
 
 
 @dataclass(frozen=True)
@@ -52,7 +45,9 @@ class Progress:
 @dataclass(frozen=True)
 class CollectStatistics:
     """engine_idle_share: part of the engines' wall time in which they computed nothing, 0 … 1.
-    taken_up, taken_up_tokens: of the trajectories and generated tokens, those that were there before.
+    trajectories, turns: of the groups that were made. generated_tokens: of these and of what was left, without what
+    was carried.
+    taken_up, taken_up_tokens: of the trajectories and generated tokens, those that were there before, not carried.
     tail_seconds: time spent on nothing but the last tenth of the trajectories.
     engine_steps: forward passes of the engine that had the most.
     moves: chunks that ran on another engine than their trajectory's last.
@@ -108,6 +103,7 @@ class Coordinator:
         self._history = LengthHistory()
         self._progress = Progress(0, 0, 0)
         self._statistics: CollectStatistics | None = None
+        self._left: list[Started] = []
 
     def join(self, engine: Handle) -> None:
         """One more engine, with the weights of the others, from the next finished chunk on."""
@@ -124,6 +120,10 @@ class Coordinator:
         """Of the latest `collect` that returned."""
         return self._statistics
 
+    def left(self) -> list[Started]:
+        """Groups that the latest `collect` that returned began, or went on with, and did not return."""
+        return self._left
+
     def collect(
         self,
         requests: Sequence[RolloutRequest],
@@ -134,13 +134,20 @@ class Coordinator:
         sink: str | Path | None = None,
         routed_experts: bool = False,
         finished: Sequence[Trajectory] = (),
+        carried: Sequence[Started] = (),
+        wanted: int | None = None,
     ) -> list[Group]:
-        """Groups in the order of `requests`, samples in order, whatever the order they finish in.
+        """Groups in the order of `carried` and then `requests`, samples in order, whatever the order they finish in.
 
-        Trajectory ids, the keys of sampling, are `{step}/{group_id}/{sample}`. Each trajectory is appended to `sink` as
-        soon as it is finished. `routed_experts`: keep which experts read each token, if the model has any.
-        `finished`: trajectories of such a call that did not end; those that are asked for again are not generated
-        again. That is the same rollout only if sampling depends on nothing but seed and trajectory id.
+        wanted:    ends as soon as so many groups are complete, and those of `carried` that `rollout.max_staleness` will
+                   not let the next step train on; None: when all are. `left` has the others.
+        carried:   what such a call of an earlier step left. It goes on first, under the weights that there are now.
+        sink:      each trajectory is appended to this file as soon as it is finished.
+        finished:  trajectories of such a call that did not end; those that are asked for again are not generated again.
+                   That is the same rollout only if sampling depends on nothing but seed and trajectory id.
+        routed_experts:  keep which experts read each token, if the model has any.
+
+        Trajectory ids, the keys of sampling, are `{step}/{group_id}/{sample}` with the step that asked.
         An engine that has finished no chunk within `rollout.deadline_s` is ended. What an engine that dies had begun,
         others do, from the last finished chunks on. ComponentDied when the last one dies; ComponentHung, which is also
         a DeadlineExpired, when it was ended; DeadlineExpired when it has no process that could be ended. RolloutError
@@ -149,33 +156,44 @@ class Coordinator:
         began, earlier_deaths = time.monotonic(), len(self._engines.deaths)
         self._engines.arrivals()
         before = self._engines.ask("statistics")
-        starts = {request.group_id: self._starts(request, step, seed, temperature, routed_experts)
-                  for request in requests}
-        if len(starts) < len(requests):
-            ids = [request.group_id for request in requests]
-            raise RolloutError(f"group ids must differ; repeated are {sorted({i for i in ids if ids.count(i) > 1})}")
-        done = _asked_again(finished, [start for group in starts.values() for start in group])
-        episodes = {start.trajectory_id: Episode(start, self._config)
-                    for group in starts.values() for start in group if start.trajectory_id not in done}
-        policy = self._make_policy(requests)
-        dispatcher = Dispatcher(self._engines, self._client, self._config, policy, before)
+        groups = with_finished([*carried, *(self._started(request, step) for request in requests)], finished)
+        ids = [group.group_id for group in groups]
+        if repeated := sorted({i for i in ids if ids.count(i) > 1}):
+            raise RolloutError(f"group ids must differ; repeated are {repeated}")
+        must = due(carried, step - 1, self._config.max_staleness) if wanted is not None else frozenset()
+        quota = Quota({group.group_id: len(group.unfinished) for group in groups}, wanted, must)
+        sampling = (seed, temperature, tuple(self._environment.stop_token_ids), routed_experts)
+        episodes = {begun.trajectory_id: Episode(start_of(begun, group.request.task, *sampling), self._config, begun)
+                    for group in sorted(groups, key=lambda group: group.group_id not in must)
+                    for begun in group.unfinished}
+        policy = self._make_policy([group.request for group in groups])
+        first = First(policy, [group.group_id for group in carried]) if carried else policy
+        dispatcher = Dispatcher(self._engines, self._client, self._config, first, before)
         with TrajectorySink(sink) as kept:
-            self._run(dispatcher, list(episodes.values()), kept, len(done))
-        made = done | {name: episode.trajectory() for name, episode in episodes.items()}
-        groups = [Group(group_id, tuple(made[start.trajectory_id] for start in group))
-                  for group_id, group in starts.items()]
-        for request, group in zip(requests, groups, strict=True):
-            self._history.asked(request.task.task_id, [t.generated for t in group.trajectories])
+            self._run(dispatcher, list(episodes.values()), kept, sum(len(group.members) for group in groups), quota)
+        ended = [with_progress(group, episodes) for group in groups]
+        made = self._divided(ended, quota.chosen)
         after = self._engines.ask("statistics")
         deaths = tuple(self._engines.deaths[earlier_deaths:])
         for death in deaths:
             before.pop(death.name, None)
         self._statistics = replace(
-            summarised(groups, list(done.values()), before, after, time.monotonic() - began),
+            summarised(made, before, after, time.monotonic() - began),
+            generated_tokens=tokens_of(ended) - tokens_of(carried),
+            taken_up_tokens=tokens_of(groups) - tokens_of(carried),
+            taken_up=sum(len(group.finished) for group in groups) - sum(len(group.finished) for group in carried),
             moves=dispatcher.moves, recomputed_tokens=dispatcher.recomputed_tokens,
             tail_seconds=dispatcher.activity.tail_seconds, spans=dispatcher.activity.spans,
             deaths=deaths, predicted_lengths=_calibration(policy))
-        return groups
+        return made
+
+    def _divided(self, groups: Sequence[Started], chosen: Collection[str]) -> list[Group]:
+        """Those that are chosen, which are complete; the others are `left`."""
+        self._left = [group for group in groups if group.group_id not in chosen]
+        taken = [group for group in groups if group.group_id in chosen]
+        for group in taken:
+            self._history.asked(group.request.task.task_id, [t.generated for t in group.finished])
+        return [Group(group.group_id, tuple(group.finished)) for group in taken]
 
     def _make_policy(self, requests: Sequence[RolloutRequest]) -> Policy:
         if self._policy is not None:
@@ -183,36 +201,43 @@ class Coordinator:
         tasks = {request.group_id: request.task.task_id for request in requests}
         return configured_policy(self._config, tasks, self._history)
 
-    def _starts(
-        self, request: RolloutRequest, step: int, seed: int, temperature: float, routed_experts: bool
-    ) -> list[EpisodeStart]:
-        environment = self._environment
-        prompt = tuple(environment.prompt(request.task))
-        privileged = tuple(environment.privileged_prompt(request.task, request.privileged_answer))
-        return [
-            EpisodeStart(f"{step}/{request.group_id}/{sample}", request.group_id, request.task, prompt, privileged,
-                         seed, temperature, tuple(environment.stop_token_ids), routed_experts)
-            for sample in range(request.samples)]
+    def _started(self, request: RolloutRequest, step: int) -> Started:
+        """A new group, of which nothing has been generated."""
+        prompt = tuple(self._environment.prompt(request.task))
+        privileged = tuple(self._environment.privileged_prompt(request.task, request.privileged_answer))
+        return Started(request, tuple(
+            Unfinished(Trajectory(f"{step}/{request.group_id}/{sample}", request.group_id, request.task.task_id, prompt,
+                                  privileged, ()))
+            for sample in range(request.samples)))
 
-    def _run(self, dispatcher: Dispatcher, episodes: Sequence[Episode], sink: TrajectorySink, done: int) -> None:
-        """done: how many further trajectories need no running."""
-        total = len(episodes) + done
-        self._progress = Progress(done, total, 0)
+    def _run(self, dispatcher: Dispatcher, episodes: Sequence[Episode], sink: TrajectorySink, total: int,
+             quota: Quota) -> None:
+        """total: trajectories, those that need no running included."""
         running = {episode.request_id: episode for episode in episodes}
-        for episode in episodes:
-            dispatcher.submit(episode)
-        while running:
-            for result in dispatcher.next_results():
+        self._progress = Progress(total - len(running), total, 0)
+
+        def take_in(results: Sequence[ChunkResult]) -> Iterator[Episode]:
+            """What has ended; yields the episodes that go on."""
+            for result in results:
                 episode = running[result.request_id]
                 episode.advance(result, self._environment)
                 if episode.finished:
                     dispatcher.finish(episode)
                     sink.write(episode.trajectory())
+                    quota.finished(episode.group_id)
                     del running[result.request_id]
                 else:
-                    dispatcher.submit(episode)
+                    yield episode
                 self._progress = replace(
                     self._progress, finished=total - len(running), tokens=self._progress.tokens + len(result.tokens))
+
+        for episode in episodes:
+            dispatcher.submit(episode)
+        while not quota.reached:
+            for episode in take_in(dispatcher.next_results()):
+                dispatcher.submit(episode)
+        if running:
+            list(take_in(dispatcher.stop()))
         dispatcher.release()
 
 
@@ -220,12 +245,42 @@ def _calibration(policy: Policy) -> dict[str, float]:
     return policy.lengths.calibration.metrics() if isinstance(policy, ContextAware | LongestRemaining) else {}
 
 
-def _asked_again(finished: Sequence[Trajectory], starts: Sequence[EpisodeStart]) -> dict[str, Trajectory]:
-    """By id, those of `finished` that begin as one of `starts` does."""
-    by_id = {start.trajectory_id: start for start in starts}
-    return {t.trajectory_id: t for t in finished
-            if (start := by_id.get(t.trajectory_id)) is not None and start.task.task_id == t.task_id
-            and (start.prompt, start.privileged_prompt) == (t.prompt, t.privileged_prompt)}
+def with_finished(groups: Sequence[Started], finished: Sequence[Trajectory]) -> list[Started]:
+    """The groups, with those of `finished` that begin with what an unfinished member has in that one's place."""
+    known = {trajectory.trajectory_id: trajectory for trajectory in finished}
+
+    def ended(group: Started, member: Member) -> Member:
+        found = known.get(member.trajectory_id)
+        if isinstance(member, Trajectory) or found is None:
+            return member
+        begun, there = member.trajectory, (*member.trajectory.continuation, *member.tokens)
+        same = (begun.task_id, begun.prompt, begun.privileged_prompt, there) == (
+            found.task_id, found.prompt, found.privileged_prompt, found.continuation[: len(there)])
+        return found if same else member
+
+    return [group.with_members(ended(group, member) for member in group.members) for group in groups]
+
+
+def with_progress(group: Started, episodes: Mapping[str, Episode]) -> Started:
+    """The group as it is after its episodes have run."""
+    def now(member: Member) -> Member:
+        episode = episodes.get(member.trajectory_id)
+        if episode is None:
+            return member
+        return episode.trajectory() if episode.finished else episode.unfinished()
+
+    return group.with_members(map(now, group.members))
+
+
+def tokens_of(groups: Sequence[Started]) -> int:
+    return sum(group.generated for group in groups)
+
+
+def start_of(begun: Unfinished, task: Task, seed: int, temperature: float, stop_token_ids: tuple[int, ...],
+             routed_experts: bool) -> EpisodeStart:
+    trajectory = begun.trajectory
+    return EpisodeStart(trajectory.trajectory_id, trajectory.group_id, task, trajectory.prompt,
+                        trajectory.privileged_prompt, seed, temperature, stop_token_ids, routed_experts)
 
 
 def build_coordinator(engines: Sequence[Handle], config: RunConfig, client: Client) -> Coordinator:
@@ -236,7 +291,6 @@ def build_coordinator(engines: Sequence[Handle], config: RunConfig, client: Clie
 
 def summarised(
     groups: Sequence[Group],
-    taken_up: Sequence[Trajectory],
     before: Mapping[str, EngineStatistics],
     after: Mapping[str, EngineStatistics],
     wall_seconds: float,
@@ -257,8 +311,6 @@ def summarised(
         cached_tokens=int(total("cached_tokens")),
         wall_seconds=wall_seconds,
         engine_idle_share=max(0.0, 1.0 - total("busy_seconds") / (wall_seconds * len(after))),
-        taken_up=len(taken_up),
-        taken_up_tokens=sum(t.generated for t in taken_up),
         **{counter: int(total(counter)) for counter in ("drafts", "drafted_tokens", "accepted_tokens")},
         engine_steps=int(max(made(name, "decode_steps") for name in after)),
         kv=kv_counters([s.kv for s in after.values()], [s.kv for name, s in before.items() if name in after]),

@@ -70,6 +70,10 @@ class Dispatcher:
         for name in self._engines.handles:
             if name not in self._outstanding and self._scheduler.in_flight(name):
                 self._pump(name)
+        return self._received()
+
+    def _received(self) -> list[ChunkResult]:
+        """See `next_results`."""
         try:
             name = self._first_done()
             results = self._client.result(self._outstanding[name].future)
@@ -84,6 +88,22 @@ class Dispatcher:
         self.activity.worked(name, call.start_ns, len(results))
         for result in results:
             self._finished(name, result)
+        return results
+
+    def stop(self) -> list[ChunkResult]:
+        """End what is in flight: chunks that had ended, and what there is of the others, of finish reason 'abort'. They
+        may be continued in another rollout."""
+        interrupted = [self._engines.handles[name].observe("interrupt") for name in self._outstanding]
+        results: list[ChunkResult] = []
+        while self._outstanding:
+            results += self._received()
+        # An engine that is interrupted after its chunks had ended would interrupt its next rollout.
+        self._client.wait(interrupted, len(interrupted), self._config.deadline_s)
+        in_flight = {name: (self._scheduler.in_flight(name),) for name in self._engines.handles}
+        for name, aborted in self._engines.ask("abort", in_flight).items():
+            for result in aborted:
+                self._finished(name, result)
+            results += aborted
         return results
 
     def _change_engines(self) -> None:
@@ -154,8 +174,13 @@ class Dispatcher:
                 return next(name for name, future in calls.items() if future is done[0])
 
     def release(self) -> None:
-        """Let the engines forget what is over."""
-        self._engines.ask("release", {name: (work.releases + work.hand_overs,) for name, work in self._work.items()})
+        """Let the engines forget what is over, and what goes on in another rollout: its KV will be outdated."""
+        left: dict[str, list[str]] = {name: [] for name in self._work}
+        for request_id in self._episodes:
+            if (name := self._ran_at.get(request_id)) in left:
+                left[name].append(request_id)
+        self._engines.ask("release", {
+            name: (work.releases + work.hand_overs + left[name],) for name, work in self._work.items()})
 
 
 @dataclass

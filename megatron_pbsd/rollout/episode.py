@@ -11,6 +11,7 @@ from megatron_pbsd.config import RolloutConfig
 from megatron_pbsd.environments.protocol import Environment, Task
 from megatron_pbsd.rollout.engines.protocol import Chunk, ChunkResult
 from megatron_pbsd.rollout.errors import RolloutError
+from megatron_pbsd.rollout.request import Unfinished
 from megatron_pbsd.trajectory import NOT_ROUTED, Trajectory, Turn, VersionSpan
 
 
@@ -35,15 +36,17 @@ class EpisodeStart:
 class Episode:
     """A state machine: `next_chunk` → engine → `advance`, until `finished`; then `trajectory`.
 
-    A chunk may end before its turn does (an abort, a division): the next one continues the same turn. A turn that
-    reaches `max_turn_tokens` or `max_context` before a stop token is of kind 'truncated', unless the environment finds
-    it final. The episode ends when the environment says so, with `max_turns`, and when the environment's answer leaves
-    no room for another token; the last turn never has an observation, as nobody would read it.
+    A chunk may end before its turn does (an abort, a division): the next one continues the same turn, under whatever
+    weights the engine has then. It may be one of another episode that begins with what this one has `unfinished`.
+    A turn that reaches `max_turn_tokens` or `max_context` before a stop token is of kind 'truncated', unless the
+    environment finds it final. The episode ends when the environment says so, with `max_turns`, and when the
+    environment's answer leaves no room for another token; the last turn never has an observation, as nobody would read
+    it.
 
-    RolloutError when the prompt alone leaves no room.
+    begun: what there is of it already. RolloutError when the prompt alone, or what there is, leaves no room.
     """
 
-    def __init__(self, start: EpisodeStart, limits: RolloutConfig):
+    def __init__(self, start: EpisodeStart, limits: RolloutConfig, begun: Unfinished | None = None):
         if len(start.prompt) >= limits.max_context:
             raise RolloutError(
                 f"rollout.max_context = {limits.max_context} has no room for the prompt of task "
@@ -55,6 +58,21 @@ class Episode:
         self._experts: np.ndarray | None = None
         self._begin_turn()
         self.finished = False
+        if begun is not None:
+            self._go_on(begun)
+
+    def _go_on(self, begun: Unfinished) -> None:
+        self._turns = list(begun.trajectory.turns)
+        self._tokens, self._log_probs = list(begun.tokens), list(begun.log_probs)
+        self._versions, self._experts = list(begun.versions), begun.routed_experts
+        self._context += (*begun.trajectory.continuation, *begun.tokens)
+        limits = self._limits
+        if self.room <= 0 or len(self._turns) >= limits.max_turns:
+            raise RolloutError(
+                f"trajectory {self.request_id!r}, which an earlier step began, has no room to go on: it has "
+                f"{len(self._turns)} turns, {len(self._tokens)} tokens of another and {len(self._context)} tokens in "
+                f"all; rollout.max_turns = {limits.max_turns}, max_turn_tokens = {limits.max_turn_tokens}, max_context "
+                f"= {limits.max_context}: set them to at least what they were")
 
     def _begin_turn(self) -> None:
         self._tokens: list[int] = []
@@ -130,6 +148,14 @@ class Episode:
             experts = np.pad(experts, ((0, unread), (0, 0), (0, 0)), constant_values=NOT_ROUTED)
         return Trajectory(start.trajectory_id, start.group_id, start.task.task_id, start.prompt,
                           start.privileged_prompt, tuple(self._turns), routed_experts=experts)
+
+
+    def unfinished(self) -> Unfinished:
+        """What there is of it, between two chunks."""
+        start = self._start
+        turns = Trajectory(start.trajectory_id, start.group_id, start.task.task_id, start.prompt,
+                           start.privileged_prompt, tuple(self._turns))
+        return Unfinished(turns, tuple(self._tokens), tuple(self._log_probs), tuple(self._versions), self._experts)
 
 
 def merged(spans: Sequence[VersionSpan], more: Sequence[VersionSpan], offset: int) -> list[VersionSpan]:

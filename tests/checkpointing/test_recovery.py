@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import re
 from contextlib import contextmanager
+from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -17,12 +19,15 @@ from megatron_pbsd.checkpointing import recovery
 from megatron_pbsd.checkpointing.errors import CheckpointError
 from megatron_pbsd.checkpointing.manifest import Contents, read_manifest
 from megatron_pbsd.checkpointing.store import CheckpointStore
+from megatron_pbsd.environments.protocol import Task
 from megatron_pbsd.errors import UsageError
-from megatron_pbsd.prompts import position
+from megatron_pbsd.prompts import Stream, position
 from megatron_pbsd.resharding.manifest import checksum, layout
 from megatron_pbsd.resharding.publication import Published
 from megatron_pbsd.resharding.shared_memory import Segment, attach
 from megatron_pbsd.resume import Start, find_start, leaving_weights
+from megatron_pbsd.rollout.request import RolloutRequest, Started, Unfinished
+from megatron_pbsd.trajectory import Trajectory, Turn, VersionSpan
 
 TENSORS = {"model.norm.weight": torch.randn(64), "lm_head.weight": torch.randn(50, 64).bfloat16()}
 
@@ -41,7 +46,7 @@ def opened(config):
 
 
 def save(store, config, step):
-    with store.writing(Contents(step, {}, {}, position(config, step)), 0) as folder:
+    with store.writing(Contents(step, {}, {}, position(config, 10 * step)), 0) as folder:
         (folder / "state").write_text(str(step))
     store.finish()
 
@@ -64,7 +69,7 @@ def publisher(version, spoilt=()):
 def fail(config, **published):
     """A run that dies after `published`."""
     with publisher(**published) as source, pytest.raises(ZeroDivisionError), \
-            leaving_weights(source, config.folder / "checkpoints", config):
+            leaving_weights(source, config.folder / "checkpoints", config, lambda: Stream(10 * published["version"])):
         raise ZeroDivisionError
 
 
@@ -82,7 +87,7 @@ def test_weights_newer_than_the_checkpoint_are_kept_and_gone_on_from(config, cap
     assert recovery.problems(kept) == []
     with opened(config) as store:
         start = find_start(store, config, "latest")
-        assert start == Start(5, store.folder / "step_3", 3, kept)
+        assert start == Start(5, store.folder / "step_3", 3, kept, Stream(50))
         assert "recovered weights of step 5 from the engines; optimizer state of step 3" in capsys.readouterr().err
         assert start.metrics(6) == {"recovered/weights_step": 5.0, "recovered/optimizer_step": 3.0}
         assert start.metrics(7) == Start(5, start.checkpoint, 5).metrics(6) == {}
@@ -90,7 +95,7 @@ def test_weights_newer_than_the_checkpoint_are_kept_and_gone_on_from(config, cap
         assert kept.exists(), "a checkpoint of an older step replaces nothing"
         save(store, config, 5)
         assert not kept.exists()
-        assert find_start(store, config, "latest") == Start(5, store.folder / "step_5", 5)
+        assert find_start(store, config, "latest") == Start(5, store.folder / "step_5", 5, stream=Stream(50))
 
 
 def test_nothing_is_recovered_that_a_checkpoint_has(config, capsys):
@@ -98,7 +103,7 @@ def test_nothing_is_recovered_that_a_checkpoint_has(config, capsys):
         for step in (3, 5):
             save(store, config, step)
         fail(config, version=5)
-        with leaving_weights(None, store.folder, config):
+        with leaving_weights(None, store.folder, config, Stream):
             pass
         assert not (store.folder / "recovered").exists() and capsys.readouterr().err == ""
 
@@ -109,7 +114,7 @@ def test_without_any_checkpoint_the_optimizer_begins_anew(config, capsys):
         assert not (store.folder / "recovered").exists()
         fail(config, version=2)
         assert "with a new optimizer: no checkpoint had been made" in capsys.readouterr().err
-        assert find_start(store, config, "latest") == Start(2, None, 0, store.folder / "recovered")
+        assert find_start(store, config, "latest") == Start(2, None, 0, store.folder / "recovered", Stream(20))
 
 
 def test_weights_that_were_being_overwritten_are_not_kept(config, capsys):
@@ -159,14 +164,45 @@ def test_damage_is_named_with_the_way_without_them(config, damage, words, checkp
             find_start(store, config, "latest")
         if checkpoint:
             capsys.readouterr()
-            assert find_start(store, config, "step_3") == Start(3, store.folder / "step_3", 3)
+            assert find_start(store, config, "step_3") == Start(3, store.folder / "step_3", 3, stream=Stream(30))
             assert re.search(r"are not used; they are now in .*recovered_(step_5|damaged)", capsys.readouterr().err)
-            assert find_start(store, config, "latest") == Start(3, store.folder / "step_3", 3)
+            assert find_start(store, config, "latest") == Start(3, store.folder / "step_3", 3, stream=Stream(30))
 
 
 def test_weights_of_another_order_of_prompts_are_refused(config):
     with opened(config) as store:
         fail(config, version=5)
-        assert read_manifest(store.folder / "recovered").contents.position == position(config, 5)
+        assert read_manifest(store.folder / "recovered").contents.position == position(config, 50)
         with pytest.raises(UsageError, match="seed = 2, the checkpoint was made with 1"):
             find_start(store, config.model_copy(update={"seed": 2}), "latest")
+
+
+def carried(version):
+    """A group of which weights `version` have generated one token."""
+    begun = Trajectory("4/7/0", "7", "t", (1, 2), (1, 3), ())
+    finished = replace(begun, trajectory_id="4/7/1", turns=(
+        Turn((5,), (-1.0,), (), "answer", "stop", (VersionSpan(version, 0, 1),)),))
+    request = RolloutRequest("7", Task("t", "q", ("a", "b"), 1, (3,)), 2, "a")
+    return Started(request, (Unfinished(begun, (4,), (-0.5,), (VersionSpan(version, 0, 1),),
+                                        np.arange(12, dtype=np.int16).reshape(2, 2, 3)), finished))
+
+
+def test_carried_groups_go_with_the_weights_that_go_on_with_them(config, capsys):
+    """Those of the recovered weights, not those of the older checkpoint."""
+    config = config.model_copy(update={"rollout": config.rollout.model_copy(
+        update={"over_sampling": 1.5, "max_staleness": 2})})
+    kept = Stream(50, (carried(3),))
+    with opened(config) as store:
+        save(store, config, 3)
+        with publisher(5) as source, pytest.raises(ZeroDivisionError), \
+                leaving_weights(source, store.folder, config, lambda: kept):
+            raise ZeroDivisionError
+        assert recovery.problems(store.folder / "recovered") == []
+        assert find_start(store, config, "latest").stream == kept
+        strict = config.model_copy(update={"rollout": config.rollout.model_copy(update={"max_staleness": 1})})
+        with pytest.raises(UsageError, match=r"max_staleness = 1, but the checkpoint carries 1 groups whose oldest "
+                                             r"tokens are up to 2 weight versions behind: set it to at least 2"):
+            find_start(store, strict, "latest")
+        flip(store.folder / "recovered" / "carried.json")
+        with pytest.raises(CheckpointError, match="carried.json is damaged"):
+            find_start(store, config, "latest")

@@ -268,7 +268,7 @@ def test_statistics_of_a_rollout():
 
     before = {"old": counted(100, 10, 1.0, moved_in=3, bytes=7), "gone": counted(5, 5, 5.0)}
     after = {"old": counted(150, 30, 2.0, moved_in=5, bytes=9), "new": counted(40, 15, 0.5, moved_in=1, bytes=2)}
-    summary = summarised([], [], before, after, wall_seconds=2.0)
+    summary = summarised([], before, after, wall_seconds=2.0)
     assert (summary.prefilled_tokens, summary.engine_steps) == (90, 20)
     assert summary.engine_idle_share == pytest.approx(1 - 1.5 / 4)
     assert (summary.kv.moved_in, summary.kv.bytes) == (3, 11)

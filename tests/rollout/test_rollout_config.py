@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from pydantic import ValidationError
 
@@ -23,6 +25,45 @@ MINIMAL = {"name": "n", "steps": 1, "model": {"path": "m"}}
 def test_chunks_are_of_policies_that_divide(section, message):
     with pytest.raises(ValidationError, match=message):
         RunConfig.model_validate({**MINIMAL, "rollout": section})
+
+
+OVER = {"over_sampling": 1.5}
+STALE = {**OVER, "max_staleness": 1}
+
+
+@pytest.mark.parametrize(("rollout", "algorithm", "messages"), [
+    ({"max_staleness": 2}, {}, ["max_staleness = 2 has no effect with rollout.over_sampling = 1.*such as 1.5"]),
+    ({"over_sampling": 0.5}, {}, ["greater than or equal to 1"]),
+    ({**OVER, "stale_tokens": "mask"}, {}, ["stale_tokens = 'mask' has no effect with rollout.max_staleness = 0"]),
+    (OVER, {"name": "sft"}, ["over_sampling = 1.5 has no effect with algorithm.name = 'sft'"]),
+    (OVER, {"name": "dapo"}, ["over_sampling = 1.5 and algorithm.sampling_attempts = 4 both ask for more prompts"]),
+    (STALE, {"name": "grpo", "loss": {"mismatch": {"name": "none"}}},
+     ["stale_tokens = 'correct' corrects nothing with algorithm.loss.mismatch.name = 'none': .*'mask'.*'token_tis'"]),
+    (STALE, {"name": "distill", "loss": {"name": "reverse_kl"}},
+     ["corrects nothing with algorithm.loss.name = 'reverse_kl': set stale_tokens to 'mask'"]),
+    ({**OVER, "max_staleness": 0, "stale_tokens": "mask", "chunk_tokens": 4}, {"name": "dapo"},
+     ["rollout.chunk_tokens = 4", "stale_tokens = 'mask'", "sampling_attempts = 4"]),
+])
+def test_what_over_sampling_cannot_be_combined_with_is_told_at_once(rollout, algorithm, messages):
+    with pytest.raises(ValidationError) as refused:
+        RunConfig.model_validate({**MINIMAL, "rollout": rollout, "algorithm": algorithm or {"name": "grpo"}})
+    for message in messages:
+        assert re.search(message, str(refused.value)), message
+
+
+@pytest.mark.parametrize("algorithm", [
+    {"name": "pbsd"}, {"name": "gspo"}, {"name": "dapo", "sampling_attempts": 1},
+    {"name": "distill", "loss": {"name": "jsd"}}])
+def test_what_over_sampling_can_be_combined_with(algorithm):
+    RunConfig.model_validate({**MINIMAL, "rollout": STALE, "algorithm": algorithm})
+    uncorrected = {"name": "grpo", "loss": {"mismatch": {"name": "none"}}}
+    for rollout in ({**STALE, "stale_tokens": "mask"}, OVER):
+        RunConfig.model_validate({**MINIMAL, "rollout": rollout, "algorithm": uncorrected})
+
+
+@pytest.mark.parametrize(("over", "prompts", "in_flight"), [(1.0, 16, 16), (1.5, 3, 5), (1.01, 4, 5), (2.0, 7, 14)])
+def test_prompts_in_flight(over, prompts, in_flight):
+    assert RolloutConfig(over_sampling=over, prompts_per_step=prompts).prompts_in_flight == in_flight
 
 
 def test_longest_chunk():

@@ -28,6 +28,15 @@ class EngineHost:
         self._engine.submit(submissions)
         return self._engine.collect()
 
+    def interrupt(self) -> None:
+        """To be observed: a `pump` that runs returns as soon as it can. `abort` ends that."""
+        self._engine.interrupt()
+
+    def abort(self, request_ids: Sequence[str]) -> list[ChunkResult]:
+        """End these chunks, which are all that the engine has; what there is of them."""
+        self._engine.abort(request_ids)
+        return self._engine.collect()
+
     def release(self, request_ids: Sequence[str]) -> None:
         self._engine.release(request_ids)
 

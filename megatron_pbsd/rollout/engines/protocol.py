@@ -1,6 +1,7 @@
 """The engine protocol: what the coordinator may ask of anything that generates tokens.
 
-`embedded` runs in process; a server behind HTTP fits the same calls. Every method is called from one thread.
+`embedded` runs in process; a server behind HTTP fits the same calls. Every method but `interrupt` is called from one
+thread.
 """
 
 from __future__ import annotations
@@ -135,10 +136,16 @@ class Engine(Protocol):
         """Queue chunks. EngineError on a duplicate running id or a context that can never fit."""
 
     def collect(self) -> list[ChunkResult]:
-        """Work until at least one chunk has ended and return all that have. Empty only when nothing is queued."""
+        """Work until at least one chunk has ended and return all that have. Empty only when nothing is queued, or
+        when it was interrupted."""
+
+    def interrupt(self) -> None:
+        """Let `collect`, the one that runs or the next, return as soon as it can, be it with nothing; until `abort` is
+        called. This alone may be called from another thread."""
 
     def abort(self, request_ids: Sequence[str]) -> None:
-        """End these chunks; what they generated comes back from `collect` with finish_reason 'abort'."""
+        """End these chunks; what they generated comes back from `collect` with finish_reason 'abort'. Unknown ids are
+        ignored."""
 
     def release(self, request_ids: Sequence[str]) -> None:
         """Forget cached KV of trajectories that are over. Unknown ids are ignored."""

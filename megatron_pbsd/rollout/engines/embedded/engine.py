@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Sequence as Sequences
 from typing import TYPE_CHECKING
@@ -69,6 +70,7 @@ class EmbeddedEngine:
         self._kv = KVStore(self._cache, slots, kv_pool, name, self._running)
         self._speculation = speculation
         self._ended: list[ChunkResult] = []
+        self._interrupted = threading.Event()
         self._version = 0
         self._generated = self._prefilled = self._cached = self._steps = 0
         self._busy_seconds = 0.0
@@ -120,7 +122,7 @@ class EmbeddedEngine:
     def collect(self) -> list[ChunkResult]:
         start = time.perf_counter()
         with torch.inference_mode():
-            while not self._ended and (self._running or self._waiting):
+            while not (self._ended or self._interrupted.is_set()) and (self._running or self._waiting):
                 self._step()
         self._busy_seconds += time.perf_counter() - start
         ended, self._ended = self._ended, []
@@ -186,7 +188,11 @@ class EmbeddedEngine:
         experts = self._cache.experts_of(sequence.slot, sequence.routed) if sequence.routed else None
         self._ended.append(sequence.result(reason, experts))
 
+    def interrupt(self) -> None:
+        self._interrupted.set()
+
     def abort(self, request_ids: Sequences[str]) -> None:
+        self._interrupted.clear()
         for request_id in request_ids:
             if request_id in self._running:
                 self._end(self._running[request_id], "abort")
