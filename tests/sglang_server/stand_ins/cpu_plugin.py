@@ -1,0 +1,16 @@
+"""A plug-in of SGLang's for a machine without CUDA."""
+
+
+def register():
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+    from sglang.srt.server_args import (
+        add_deterministic_attention_backend_choices,
+        add_radix_supported_deterministic_attention_backend_choices,
+    )
+
+    # The host buffer of routed experts is pinned through CUDA's runtime.
+    HookRegistry.register(
+        "sglang.srt.mem_cache.pool_host.common._cuda_host_register", lambda *_, **__: None, HookType.REPLACE)
+    # Attention in plain torch takes each sequence by itself: what runs beside it does not matter.
+    add_deterministic_attention_backend_choices(["torch_native"])
+    add_radix_supported_deterministic_attention_backend_choices(["torch_native"])
