@@ -38,8 +38,10 @@ def sampling_seed(seed: int, request_id: str) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-def generate_body(chunk: Chunk, generated: Sequence[int], rid: str, experts_from: int | None) -> dict[str, Any]:
-    """The request that continues `chunk`, of which `generated` is there already.
+def generate_body(
+    chunk: Chunk, generated: Sequence[int], rid: str, room: int, experts_from: int | None
+) -> dict[str, Any]:
+    """The request that continues `chunk`, of which `generated` is there already, up to `room` new tokens in all.
 
     experts_from: first position whose routed experts are reported; None: they are not.
     """
@@ -48,7 +50,7 @@ def generate_body(chunk: Chunk, generated: Sequence[int], rid: str, experts_from
         "rid": rid,
         "sampling_params": {
             "temperature": chunk.temperature,
-            "max_new_tokens": chunk.max_new_tokens - len(generated),
+            "max_new_tokens": room - len(generated),
             "stop_token_ids": list(chunk.stop_token_ids),
             "sampling_seed": sampling_seed(chunk.seed, chunk.request_id),
             # What the model's own generation_config.json says is not asked for.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import socket
 import subprocess
 import sys
@@ -11,7 +10,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,21 +21,22 @@ from megatron_pbsd.rollout.engines.sglang.replies import WeightsName
 
 INSIDE = Path(__file__).with_name("inside")
 POLL_S = 0.25
-LOG_LINES_SHOWN = 20
+LOG_LINES_SHOWN = 30
+LAST_WORDS_S = 15.0
 ATTEMPTS = 3
 
 
 @dataclass(frozen=True)
 class Launch:
     """python: interpreter of the environment that SGLang is in. arguments: of its ServerArgs, `host`, `port` and
-    `weight_version` left out. environment: variables besides those that this process has. port: None takes a free one.
+    `weight_version` left out. environment: the server's variables, all of them. port: None takes a free one.
     log: where the server's output goes. start_s, answer_s: for how long it is waited for, to start and to answer.
     """
 
     python: str
     arguments: Mapping[str, Any]
     log: Path
-    environment: Mapping[str, str] = field(default_factory=dict)
+    environment: Mapping[str, str]
     port: int | None = None
     start_s: float = 600.0
     answer_s: float = 300.0
@@ -80,9 +80,8 @@ class Server:
     def _start(self, port: int) -> None:
         launch, folder = self._launch, tempfile.mkdtemp(prefix="pbsd-sglang-", dir=short_temporary())
         arguments = {**launch.arguments, "host": "127.0.0.1", "port": port, "weight_version": str(self.weights)}
-        environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
-        environment |= {"SGLANG_RETURN_ORIGINAL_LOGPROB": "1", "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1",
-                        "TMPDIR": folder, **launch.environment}
+        environment = {"SGLANG_RETURN_ORIGINAL_LOGPROB": "1", "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1",
+                       **launch.environment, "TMPDIR": folder}
         command = [sys.executable, "-S", keeper.__file__, folder,
                    launch.python, "-W", "ignore", str(INSIDE / "serve.py"), json.dumps(arguments)]
         with launch.log.open("ab") as log:
@@ -130,7 +129,7 @@ class Server:
         """What has become of it, now that a call has failed. It is ended, if it is not."""
         try:
             # The server's processes end one after the other; the last words are in the log when all have.
-            status = self._process.wait(keeper.GRACE_S)
+            status = self._process.wait(LAST_WORDS_S)
             cause = f"its server ended with status {status}"
         except subprocess.TimeoutExpired:
             cause = f"its server does not answer ({error})"
@@ -154,10 +153,13 @@ class Server:
             lines = log.read().decode(errors="replace").splitlines()
         return tuple(line for line in lines if line.strip())[-LOG_LINES_SHOWN:]
 
+    @property
+    def closed(self) -> bool:
+        return self._process.poll() is not None
+
     def close(self) -> None:
         """Ends all of its processes."""
-        if self._process.stdin is not None:
-            self._process.stdin.close()
+        self._process.stdin.close()
         self._process.wait()
 
 

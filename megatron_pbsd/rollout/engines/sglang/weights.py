@@ -19,12 +19,9 @@ import torch
 
 from megatron_pbsd.resharding.manifest import TensorEntry, WeightsManifest
 from megatron_pbsd.resharding.shared_memory import ROOT, attach
-from megatron_pbsd.rollout.engines.protocol import EngineError
 from megatron_pbsd.rollout.engines.sglang.client import Refused
 from megatron_pbsd.rollout.engines.sglang.replies import WeightsName
 from megatron_pbsd.rollout.engines.sglang.server import Server
-
-LOADERS = [f"pbsd_weights.{name}" for name in ("place", "load", "read")]
 
 
 class ServerWeights:
@@ -37,7 +34,7 @@ class ServerWeights:
     def load(self, manifest: WeightsManifest, version: int, *, busy: bool) -> WeightsName:
         """Copy the manifest's tensors into the server's parameters; its weights are then called as is returned.
 
-        busy: requests are under way. EngineError, with all problems and nothing changed, when they do not fit;
+        busy: requests are under way. ValueError, with all problems and nothing changed, when they do not fit;
         EngineDied when some may have been copied and others not.
         """
         attach(manifest)
@@ -51,18 +48,18 @@ class ServerWeights:
         return weights
 
     def read(self, manifest: WeightsManifest, *, busy: bool) -> None:
-        """Copy the server's parameters to the manifest's tensors. EngineError as of `load`."""
+        """Copy the server's parameters to the manifest's tensors. ValueError as of `load`."""
         attach(manifest)
         with self._session(busy, "in_place"):
             self._place(manifest)
             if problems := self._ask("read", manifest):
-                raise EngineError("; ".join(problems))
+                raise ValueError("; ".join(problems))
 
     def _place(self, manifest: WeightsManifest) -> None:
         if manifest.entries == self._placed:
             return
         if problems := self._ask("place", manifest):
-            raise EngineError("; ".join(problems))
+            raise ValueError("; ".join(problems))
         self._placed = manifest.entries
 
     @contextmanager

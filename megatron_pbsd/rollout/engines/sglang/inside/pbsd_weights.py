@@ -77,7 +77,9 @@ def _place(model, request):
         problems.append(f"the model refuses tensor {copies.last!r} or the one after it: "
                         f"{type(error).__name__}: {error}".rstrip(": "))
     model.pbsd_pieces = copies.pieces
-    problems += copies.faults or _faults(model, sources, copies.pieces) if not problems else copies.faults
+    problems += copies.faults
+    if not problems:
+        problems = _faults(model, sources, copies.pieces)
     used = {piece.name for piece in copies.pieces}
     return {"problems": problems, "unplaced": [name for name in sources if name not in used]}
 
