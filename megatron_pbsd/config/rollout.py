@@ -99,11 +99,11 @@ class RolloutConfig(Section):
         return problems + self._engine_conflicts()
 
     def _engine_conflicts(self) -> list[str]:
-        problems = []
         if self.engine == "embedded":
-            problems += [f"rollout.sglang.{name} has no effect with rollout.engine = 'embedded': leave it out, or set "
-                         "rollout.engine to 'sglang'" for name in sorted(self.sglang.model_fields_set)]
-            return problems
+            return [f"rollout.sglang.{name} has no effect with rollout.engine = 'embedded': leave it out, or set "
+                    "rollout.engine to 'sglang'" for name, field in SGLangConfig.model_fields.items()
+                    if getattr(self.sglang, name) != field.default]
+        problems = []
         if self.sglang.python is None:
             problems.append("rollout.engine = 'sglang' needs rollout.sglang.python, the interpreter of the environment "
                             "that SGLang is installed in")

@@ -25,7 +25,7 @@ class EngineError(PbsdError):
 
 
 class EngineDied(Lost, EngineError):
-    """What an engine needs to go on, a server say, is gone for good, or must not go on: another has to take its place."""
+    """What an engine needs to go on, a server say, is gone, or must not go on: another has to take its place."""
 
     def __str__(self) -> str:
         tail = "".join(f"\n  {self.name} | {line}" for line in self.last_lines)

@@ -11,8 +11,8 @@ def register():
     # The host buffer of routed experts is pinned through CUDA's runtime.
     HookRegistry.register(
         "sglang.srt.mem_cache.pool_host.common._cuda_host_register", lambda *_, **__: None, HookType.REPLACE)
-    # Sampling by seeds is part of deterministic inference, whose kernels and matrix products are for GPUs. The seeds work
-    # without: what runs beside a sequence then changes its log-probs by rounding.
+    # Sampling by seeds is part of deterministic inference, whose kernels and matrix products are for GPUs. The seeds
+    # work without: what runs beside a sequence then changes its log-probs by rounding.
     HookRegistry.register(
         "sglang.srt.model_executor.model_runner.ModelRunner.maybe_enable_batch_invariant_mode", lambda *_: None,
         HookType.REPLACE)

@@ -1,4 +1,4 @@
-"""The arguments that a server is started with: the user's, checked against the ServerArgs that are installed, and ours."""
+"""What a server is started with: the user's arguments, checked against the ServerArgs that are installed, and ours."""
 
 from __future__ import annotations
 

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_pbsd.checkpointing.hf_folder import HfFolder
 from megatron_pbsd.models import family
 from megatron_pbsd.resharding.manifest import WeightsManifest, checksum, layout
 from megatron_pbsd.resharding.shared_memory import Segment, attach
@@ -58,10 +57,15 @@ class SGLangEngine:
         self._slots, self._max_context = slots, max_context
         hf = json.loads((Path(model_path) / "config.json").read_text(encoding="utf-8"))
         self._vocabulary, self._layers = hf["vocab_size"], hf["num_hidden_layers"]
-        self._moe_layers = moe_layers(family(hf).hf_tensors(hf))
+        tensors = family(hf).hf_tensors(hf)
+        self._moe_layers = moe_layers(tensors)
         self._server = Server(name, launch)
-        self._weights = ServerWeights(self._server, ranks)
-        self._manifest: WeightsManifest | None = None
+        try:
+            self._weights = ServerWeights(self._server, ranks, tensors)
+        except (ValueError, Refused) as error:
+            self._server.close()
+            raise EngineError(
+                f"engine {name!r}: SGLang's model is another than that of {model_path!r}: {error}") from error
         self._has_weights = has_weights
         self._kv_tokens = json.loads(self._server.get("/server_info"))["max_total_num_tokens"]
         self._threads = ThreadPoolExecutor(max(slots, 1), thread_name_prefix=name)
@@ -153,9 +157,7 @@ class SGLangEngine:
             return self._send(flight)
         reason: FinishReason = "abort" if unasked and not full else "length" if unasked else reply.finish_reason
         self._seen[chunk.request_id] = reply.versions[-1].version if reply.versions else self._server.weights.version
-        self._ended.append(ChunkResult(
-            chunk.request_id, tuple(flight.tokens), tuple(flight.log_probs), reason, flight.cached_tokens,
-            tuple(flight.versions), *self._routed(flight, reply)))
+        self._ended.append(flight.result(reason, *self._routed(flight, reply)))
 
     def _count(self, flight: Flight, reply: Reply) -> None:
         self._generated += len(reply.tokens)
@@ -181,6 +183,9 @@ class SGLangEngine:
             if flight.chunk.request_id not in request_ids:
                 continue
             flight.aborted = True
+            if future.cancel():
+                del self._flights[future]
+                self._ended.append(flight.result("abort"))
             # The server knows exact ids, and none that has not reached it yet.
             while not future.done():
                 self._server.post("/abort_request", {"rid": flight.rid})
@@ -197,12 +202,12 @@ class SGLangEngine:
     def update_weights(self, manifest: WeightsManifest, version: int) -> None:
         """Chunks that run continue under the new weights; their context is prefilled again."""
         try:
-            weights = self._weights.load(manifest, version, busy=bool(self._flights))
+            self._weights.load(manifest, version, busy=bool(self._flights))
         except (ValueError, Refused) as error:
             raise EngineError(f"engine {self.name!r}: weights version {version}: {error}") from error
         for flight in self._flights.values():
-            flight.weights.append(weights)
-        self._manifest, self._has_weights = manifest, True
+            flight.weights.append(self._server.weights)
+        self._has_weights = True
 
     def write_weights(self, manifest: WeightsManifest) -> None:
         try:
@@ -212,14 +217,9 @@ class SGLangEngine:
 
     def checksums(self) -> dict[str, str]:
         """Takes as much shared memory as the weights, meanwhile."""
-        if self._manifest is None:
-            tensors = {name: (str(t.dtype).removeprefix("torch."), t.shape)
-                       for name, t in HfFolder(self._model_path).tensors.items()}
-        else:
-            tensors = {entry.name: (entry.dtype, entry.shape) for entry in self._manifest.entries}
-        segment = Segment(layout("", tensors).nbytes)
+        segment = Segment(layout("", self._weights.tensors).nbytes)
         try:
-            manifest = layout(segment.name, tensors)
+            manifest = layout(segment.name, self._weights.tensors)
             self.write_weights(manifest)
             return {name: checksum(tensor) for name, tensor in attach(manifest).items()}
         finally:
@@ -275,6 +275,10 @@ class Flight:
     log_probs: list[float] = field(default_factory=list)
     versions: list[VersionSpan] = field(default_factory=list)
     cached_tokens: int | None = None
+
+    def result(self, reason: FinishReason, experts: np.ndarray | None = None, routed_from: int = 0) -> ChunkResult:
+        return ChunkResult(self.chunk.request_id, tuple(self.tokens), tuple(self.log_probs), reason,
+                           self.cached_tokens or 0, tuple(self.versions), experts, routed_from)
 
     def __post_init__(self) -> None:
         self.weights = [self.first_weights]

@@ -16,6 +16,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 
 GRACE_S = 5.0
 PR_SET_PDEATHSIG = 1
@@ -44,10 +45,8 @@ def main(folder: str, command: list[str]) -> int:
     status = child.poll()
     if status is None:
         end(child)
-    try:
+    with suppress(ProcessLookupError):
         os.killpg(child.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     shutil.rmtree(folder, ignore_errors=True)
     return 128 - status if status is not None and status < 0 else status or 0
 

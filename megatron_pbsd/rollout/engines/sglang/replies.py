@@ -132,7 +132,7 @@ def experts_of(data: bytes, positions: int, layers: int, moe_layers: Sequence[in
     """
     flat = np.frombuffer(data, np.int32)
     if not positions or flat.size % (positions * layers):
-        raise ValueError(f"the reply has {flat.size} routed experts, which are not {positions} tokens of {layers} layers")
+        raise ValueError(f"the reply has {flat.size} routed experts: not {positions} tokens in {layers} layers")
     return flat.reshape(positions, layers, -1)[:, list(moe_layers)].astype(np.int16)
 
 

@@ -9,7 +9,7 @@ is asked for, as JSON:
 Every rank maps the file and takes its part of each tensor out of it, or writes it there. A function that raises ends
 the server, so these report instead: `<report>.<rank>` holds
 
-    {"problems": […], "unplaced": [names of tensors that this rank has no part of]}
+    {"problems": […], "tensors": [names that `place` was given], "dtypes": {those that this rank has a part of: dtype}}
 
 Where a checkpoint's tensors lie in the model's (fused) parameters only the model's own `load_weights` knows. `place`
 watches it while it copies nothing: each copy that it would have made pairs a part of a parameter with a part of a
@@ -43,7 +43,7 @@ def read(model, named_tensors):
 
 def _reported(model, named_tensors, act):
     request = json.loads(named_tensors[0][0])
-    report = {"problems": [], "unplaced": []}
+    report = {"problems": [], "tensors": [], "dtypes": {}}
     try:
         report |= act(model, request)
     except Exception as error:
@@ -67,38 +67,24 @@ def _read(model, request):
 
 def _place(model, request):
     # Storages of their own tell which tensor a part is of. They are never touched, and so take no memory.
-    sources = {name: torch.empty_like(tensor) for name, tensor in _attached(request).items()}
+    sources = {name: torch.empty(shape, dtype=getattr(torch, dtype)) for name, dtype, shape, _ in request["entries"]}
     copies = Copies(sources)
     problems = []
     try:
         with copies, torch.no_grad():
             model.load_weights(list(sources.items()))
     except Exception as error:
-        problems.append(f"the model refuses tensor {copies.last!r} or the one after it: "
+        problems.append(f"it refuses tensor {copies.last!r} or the one after it: "
                         f"{type(error).__name__}: {error}".rstrip(": "))
     model.pbsd_pieces = copies.pieces
     problems += copies.faults
     if not problems:
-        problems = _faults(model, sources, copies.pieces)
-    used = {piece.name for piece in copies.pieces}
-    return {"problems": problems, "unplaced": [name for name in sources if name not in used]}
-
-
-def _faults(model, sources, pieces):
-    problems, filled = [], {}
-    for piece in pieces:
-        storage = piece.parameter.untyped_storage().data_ptr()
-        filled[storage] = filled.get(storage, 0) + math.prod(piece.shape)
-        expected, given = piece.parameter.dtype, sources[piece.name].dtype
-        if expected != given:
-            problems.append(f"tensor {piece.name!r} is {_name(given)}, expected {_name(expected)}")
-    for name, parameter in model.named_parameters():
-        found, size = filled.get(parameter.untyped_storage().data_ptr(), 0), parameter.numel()
-        # Rows that round a vocabulary up are nobody's.
-        padded = name.endswith(("embed_tokens.weight", "lm_head.weight"))
-        if not found or (found < size and not padded):
-            problems.append(f"tensors of the model's {name!r} are missing: {found} of {size} elements were published")
-    return list(dict.fromkeys(problems))
+        # A parameter may be larger than what belongs there: sizes are rounded up for kernels.
+        filled = {piece.parameter.untyped_storage().data_ptr() for piece in copies.pieces}
+        problems = [f"nothing belongs into its {name!r}" for name, parameter in model.named_parameters()
+                    if parameter.untyped_storage().data_ptr() not in filled]
+    dtypes = {piece.name: str(piece.parameter.dtype).removeprefix("torch.") for piece in copies.pieces}
+    return {"problems": problems, "tensors": list(sources), "dtypes": dtypes}
 
 
 @dataclass
@@ -132,10 +118,11 @@ class Copies(TorchDispatchMode):
             name = self._names.get(source.untyped_storage().data_ptr())
             if name is not None:
                 self.last = name
-                if target.shape != source.shape:
-                    self.faults.append(f"tensor {name!r}: a part {list(source.shape)} does not fit {list(target.shape)}")
+                shape = tuple(source.shape)
+                if target.shape == shape:
+                    self.pieces.append(Piece(target, name, source.storage_offset(), shape, source.stride()))
                 else:
-                    self.pieces.append(Piece(target, name, source.storage_offset(), tuple(source.shape), source.stride()))
+                    self.faults.append(f"tensor {name!r}: a part {list(shape)} does not fit {list(target.shape)}")
                 return target
         return function(*args, **(kwargs or {}))
 
@@ -150,6 +137,3 @@ def _attached(request):
         tensors[name] = flat[offset:end].view(kind).view(shape)
     return tensors
 
-
-def _name(dtype):
-    return str(dtype).removeprefix("torch.")
