@@ -18,7 +18,6 @@ import subprocess
 import sys
 from contextlib import suppress
 
-GRACE_S = 5.0
 PR_SET_PDEATHSIG = 1
 
 
@@ -27,28 +26,16 @@ def follow() -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def end(child: subprocess.Popen[bytes]) -> None:
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        try:
-            os.killpg(child.pid, number)
-            child.wait(GRACE_S)
-        except ProcessLookupError:
-            return
-        except subprocess.TimeoutExpired:
-            continue
-
-
 def main(folder: str, command: list[str]) -> int:
     child = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=follow)
     ended = os.pidfd_open(child.pid)
     select.select([sys.stdin, ended], [], [])
-    status = child.poll()
-    if status is None:
-        end(child)
+    # What was asked to end would take seconds to; nothing of it is to be kept.
     with suppress(ProcessLookupError):
         os.killpg(child.pid, signal.SIGKILL)
+    status = child.wait()
     shutil.rmtree(folder, ignore_errors=True)
-    return 128 - status if status is not None and status < 0 else status or 0
+    return 128 - status if status < 0 else status
 
 
 if __name__ == "__main__":

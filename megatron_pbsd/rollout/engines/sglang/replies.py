@@ -95,7 +95,8 @@ def read_reply(reply: Mapping[str, Any], weights: Collection[WeightsName]) -> Re
         tokens = tuple(reply["output_ids"])
         listed = meta["output_token_logprobs"]
         spans = meta["weight_versions"]
-        cached = meta["cached_tokens"]
+        # An aborted request that was still waiting has none.
+        cached = meta["cached_tokens"] if tokens else meta.get("cached_tokens", 0)
     except (KeyError, TypeError) as error:
         raise ValueError(f"the reply has no {error}: {str(reply)[:300]}") from error
     if finish["type"] not in ("stop", "length", "abort"):
