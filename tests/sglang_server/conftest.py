@@ -36,7 +36,7 @@ def models(tmp_path_factory) -> dict[str, Path]:
 @pytest.fixture(scope="session")
 def engines(models, tmp_path_factory):
     """Starts each engine once: `engines(kind of engine, kind of model)`."""
-    from servers import start
+    from sglang_server.servers import start
 
     made: dict[tuple[str, str], Engine] = {}
 
