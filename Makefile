@@ -32,7 +32,7 @@ test-slow: env
 
 test-sglang: env
 	@tools/make_sglang_env.sh
-	.venv/bin/python -m pytest -m sglang $(ARGS)
+	.venv/bin/python -m pytest -m sglang tests/sglang_server $(ARGS)
 
 lint: env
 	.venv/bin/ruff check .

@@ -15,7 +15,8 @@ from megatron_pbsd.rollout.engines.sglang import arguments
 DESCRIBED = {
     "tp_size": {"type": ["int"], "choices": None}, "mem_fraction_static": {"type": ["float", "null"], "choices": None},
     "dtype": {"type": ["str"], "choices": ["auto", "bfloat16", "float32"]}, "odd": {"type": [], "choices": None},
-    "enable_mixed_chunk": {"type": ["bool"], "choices": None}, "cuda_graph_bs": {"type": ["list", "null"], "choices": None},
+    "enable_mixed_chunk": {"type": ["bool"], "choices": None},
+    "cuda_graph_bs": {"type": ["list", "null"], "choices": None},
 }
 MINIMAL = {"name": "n", "steps": 1, "model": {"path": "m"}}
 
@@ -76,7 +77,8 @@ def test_sglang_is_asked_once(tmp_path, monkeypatch):
     section = SGLangConfig(python=sys.executable, environment={"PYTHONPATH": str(package.parent)})
     described = arguments.installed(section)
     assert described == arguments.installed(section) == {
-        "tp_size": {"type": ["int"], "choices": None}, "dtype": {"type": ["null", "str"], "choices": ["auto", "float32"]},
+        "tp_size": {"type": ["int"], "choices": None},
+        "dtype": {"type": ["null", "str"], "choices": ["auto", "float32"]},
         "mode": {"type": ["str"], "choices": ["a", "b"]}, "graph": {"type": [], "choices": None}}
     assert (tmp_path / "asked").read_text() == "x"
 

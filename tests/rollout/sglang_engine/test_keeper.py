@@ -13,9 +13,10 @@ import pytest
 from megatron_pbsd.rollout.engines.sglang import keeper
 
 # A server with a process below it: it says who they are, and then they wait.
-SERVER = ("import subprocess, sys, os; child = subprocess.Popen([sys.executable, '-c', 'input()'], stdin=subprocess.PIPE);"
+SERVER = ("import subprocess, sys, os;"
+          "child = subprocess.Popen([sys.executable, '-c', 'input()'], stdin=subprocess.PIPE);"
           "print(os.getpid(), child.pid, flush=True); child.wait()")
-DRIVER = ("import subprocess, sys; keeper = subprocess.Popen(sys.argv[1:], stdin=subprocess.PIPE); keeper.wait()")
+DRIVER = "import subprocess, sys; keeper = subprocess.Popen(sys.argv[1:], stdin=subprocess.PIPE); keeper.wait()"
 
 
 def kept(folder, code=SERVER) -> list[str]:
