@@ -43,10 +43,11 @@ def test_a_right_argument_is_none(name, value):
 
 def test_all_problems_at_once(tmp_path):
     """Those of what the project sets itself do not need SGLang."""
-    section = SGLangConfig(python=str(tmp_path / "absent"), args={"port": 1, "model_path": "x", "tp_size": 1})
-    first, second, third = arguments.problems(section)
+    section = SGLangConfig(python=str(tmp_path / "absent"), args={"port": 1, "model_path": "x", "dp_size": 2})
+    first, second, third, fourth = arguments.problems(section)
     assert "args.port is set by rollout.sglang.port" in first and "args.model_path is set by model.path" in second
-    assert "rollout.sglang.python" in third and "is no interpreter" in third
+    assert "args.dp_size = 2" in third and "raise rollout.engines" in third
+    assert "rollout.sglang.python" in fourth and "is no interpreter" in fourth
 
 
 def test_an_environment_without_sglang_is_named():

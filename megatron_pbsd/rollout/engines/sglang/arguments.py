@@ -59,6 +59,9 @@ def problems(config: SGLangConfig) -> list[str]:
     """What is wrong with `rollout.sglang`, one message each: the interpreter, or arguments by name, type and choice."""
     found = [f"rollout.sglang.args.{name} is set by {OURS[name]}: leave it out"
              for name in config.args if name in OURS]
+    if config.args.get("dp_size", 1) != 1:
+        found.append(f"rollout.sglang.args.dp_size = {config.args['dp_size']!r}: SGLang cannot be given weights with "
+                     "replicas inside a server; leave it out, and raise rollout.engines")
     if config.python is None:
         return found
     try:
