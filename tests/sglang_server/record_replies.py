@@ -1,4 +1,4 @@
-"""Writes tests/rollout/sglang_replies.json: what a real server answers to what an engine asks.
+"""Writes tests/rollout/sglang_engine/replies.json: what a real server answers to what an engine asks.
 
     PYTHONPATH=.:tests python tests/sglang_server/record_replies.py
 
@@ -19,7 +19,7 @@ from megatron_pbsd.rollout.engines.protocol import Chunk
 from megatron_pbsd.rollout.engines.sglang.client import Refused
 from megatron_pbsd.rollout.engines.sglang.replies import generate_body, score_body
 
-RECORDED = Path(__file__).parents[1] / "rollout" / "sglang_replies.json"
+RECORDED = Path(__file__).parents[1] / "rollout" / "sglang_engine" / "replies.json"
 LEFT_OUT = ("time", "_ts", "latency", "throughput", "wait")
 PROMPT = (3, 4, 5, 6, 7, 8)
 

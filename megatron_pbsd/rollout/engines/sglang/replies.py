@@ -92,6 +92,7 @@ def read_reply(reply: Mapping[str, Any], weights: Collection[WeightsName]) -> Re
     try:
         meta = reply["meta_info"]
         finish = meta["finish_reason"]
+        kind = finish["type"]
         tokens = tuple(reply["output_ids"])
         listed = meta["output_token_logprobs"]
         spans = meta["weight_versions"]
@@ -99,14 +100,14 @@ def read_reply(reply: Mapping[str, Any], weights: Collection[WeightsName]) -> Re
         cached = meta["cached_tokens"] if tokens else meta.get("cached_tokens", 0)
     except (KeyError, TypeError) as error:
         raise ValueError(f"the reply has no {error}: {str(reply)[:300]}") from error
-    if finish["type"] not in ("stop", "length", "abort"):
+    if kind not in ("stop", "length", "abort"):
         raise ValueError(f"the reply has finish_reason {finish!r}, expected a type of 'stop', 'length' or 'abort'")
-    if finish["type"] == "abort" and finish.get("status_code") not in (None, 499):
+    if kind == "abort" and finish.get("status_code") not in (None, 499):
         raise ValueError(f"the server gave up: {finish.get('message')}")
     if tuple(token for _, token, *_ in listed) != tokens:
         raise ValueError(f"the reply has log-probs of other tokens than it has: {len(listed)} and {len(tokens)}")
-    stopped = finish.get("matched") if finish["type"] == "stop" else None
-    return Reply(tokens, tuple(float(value) for value, *_ in listed), finish["type"], stopped, cached,
+    stopped = finish.get("matched") if kind == "stop" else None
+    return Reply(tokens, tuple(float(value) for value, *_ in listed), kind, stopped, cached,
                  _versions(spans, weights, len(tokens)), _experts(meta))
 
 
