@@ -8,6 +8,8 @@ import sys
 import pytest
 from pydantic import ValidationError
 
+from launcher.overrides import load_config
+from launcher.sources import ConfigError
 from megatron_pbsd.config import RolloutConfig, RunConfig, SGLangConfig
 from megatron_pbsd.rollout.engines.protocol import EngineError
 from megatron_pbsd.rollout.engines.sglang import arguments
@@ -109,3 +111,10 @@ def test_conflicts(section, message):
 def test_a_configuration_that_was_written_is_read_again():
     config = RunConfig.model_validate(MINIMAL)
     assert RunConfig.model_validate(config.model_dump()) == config
+
+
+def test_arguments_come_from_the_command_line_too():
+    given = ("--rollout.engine", "sglang", "--rollout.sglang.python", "p", "--rollout.sglang.args.tp_size", "2")
+    assert load_config("configs/quickstart.yaml", given, check_model=False).rollout.sglang.args == {"tp_size": 2}
+    with pytest.raises(ConfigError, match=r"args = 3[\s\S]*keys are text and whose values are anything"):
+        load_config("configs/quickstart.yaml", (*given[:4], "--rollout.sglang.args", "3"), check_model=False)

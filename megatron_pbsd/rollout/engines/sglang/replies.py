@@ -99,7 +99,7 @@ def read_reply(reply: Mapping[str, Any], weights: Collection[WeightsName]) -> Re
         # An aborted request that was still waiting has none.
         cached = meta["cached_tokens"] if tokens else meta.get("cached_tokens", 0)
     except (KeyError, TypeError) as error:
-        raise ValueError(f"the reply has no {error}: {str(reply)[:300]}") from error
+        raise ValueError(f"the reply lacks what it should say ({error!r}): {str(reply)[:300]}") from error
     if kind not in ("stop", "length", "abort"):
         raise ValueError(f"the reply has finish_reason {finish!r}, expected a type of 'stop', 'length' or 'abort'")
     if kind == "abort" and finish.get("status_code") not in (None, 499):
