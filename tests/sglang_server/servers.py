@@ -22,7 +22,7 @@ ENVIRONMENT = {"PYTHONPATH": str(STAND_INS), "SGLANG_USE_CPU_ENGINE": "1", "HF_H
 
 def section(**changes: Any) -> dict[str, Any]:
     """`rollout.sglang` of a configuration."""
-    return {"python": PYTHON, "args": ARGS, "environment": ENVIRONMENT, "start_deadline_s": 300.0} | changes
+    return {"python": PYTHON, "args": ARGS, "environment": ENVIRONMENT, "start_deadline_s": 600.0} | changes
 
 
 def start(model: Path, logs: Path, *, name: str = "engine-0", slots: int = 8, max_context: int = 120,

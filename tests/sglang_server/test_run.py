@@ -26,7 +26,7 @@ def start(folder, **sglang) -> Run:
     path.write_text(yaml.safe_dump(config))
     process = subprocess.Popen([sys.executable, "-m", "launcher.cli", "train", str(path)], cwd=ROOT,
                                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    return Run(process, folder / "sglang")
+    return Run(process, folder / "sglang", deadline_s=600)
 
 
 def test_two_steps_in_one_of_which_a_server_dies(tmp_path):
