@@ -53,7 +53,7 @@ class SGLangEngine:
         self, model_path: str, *, name: str, launch: Launch, slots: int, max_context: int, ranks: int = 1,
         has_weights: bool = True,
     ) -> None:
-        self.name, self._model_path = name, model_path
+        self.name = name
         self._slots, self._max_context = slots, max_context
         hf = json.loads((Path(model_path) / "config.json").read_text(encoding="utf-8"))
         self._vocabulary, self._layers = hf["vocab_size"], hf["num_hidden_layers"]
@@ -68,7 +68,7 @@ class SGLangEngine:
                 f"engine {name!r}: SGLang's model is another than that of {model_path!r}: {error}") from error
         self._has_weights = has_weights
         self._kv_tokens = json.loads(self._server.get("/server_info"))["max_total_num_tokens"]
-        self._threads = ThreadPoolExecutor(max(slots, 1), thread_name_prefix=name)
+        self._threads = ThreadPoolExecutor(slots, thread_name_prefix=name)
         self._flights: dict[Future[Reply], Flight] = {}
         self._ended: list[ChunkResult] = []
         self._seen: dict[str, int] = {}
@@ -84,7 +84,7 @@ class SGLangEngine:
             self._check(chunk, arriving)
             arriving.append(chunk.request_id)
         for chunk in chunks:
-            self._send(Flight(chunk, self._server.weights, self._experts_from(chunk)))
+            self._send(Flight(chunk, [self._server.weights], self._experts_from(chunk)))
 
     def _check(self, chunk: Chunk, arriving: Sequences[str]) -> None:
         def refuse(cause: str) -> EngineError:
@@ -267,7 +267,7 @@ class Flight:
     """A chunk under way. weights: those that the server was given since. tokens … versions: of replies so far."""
 
     chunk: Chunk
-    first_weights: WeightsName
+    weights: list[WeightsName]
     experts_from: int | None
     rid: str = ""
     aborted: bool = False
@@ -279,9 +279,6 @@ class Flight:
     def result(self, reason: FinishReason, experts: np.ndarray | None = None, routed_from: int = 0) -> ChunkResult:
         return ChunkResult(self.chunk.request_id, tuple(self.tokens), tuple(self.log_probs), reason,
                            self.cached_tokens or 0, tuple(self.versions), experts, routed_from)
-
-    def __post_init__(self) -> None:
-        self.weights = [self.first_weights]
 
     def add(self, reply: Reply) -> None:
         offset = len(self.tokens)
