@@ -7,7 +7,8 @@ from itertools import count
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from megatron_pbsd.resharding.manifest import checksum
 from megatron_pbsd.resharding.shared_memory import attach
@@ -88,12 +89,15 @@ def changed(tensors, scale=0.05, seed=9) -> dict[str, torch.Tensor]:
     return {name: t + scale * torch.randn(t.shape, generator=generator) for name, t in tensors.items()}
 
 
-def with_weights(model, tensors):
-    """A transformers model of the same kind with these weights."""
-    from transformers import AutoModelForCausalLM
+@pytest.fixture
+def with_weights(model, tmp_path):
+    """A transformers model of the same kind with other weights."""
+    def load(tensors):
+        model.config.save_pretrained(tmp_path)
+        save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+        return AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
 
-    return AutoModelForCausalLM.from_pretrained(
-        None, config=model.config, state_dict=dict(tensors), attn_implementation="eager").eval()
+    return load
 
 
 def test_greedy_equals_generate(engine, model):
@@ -204,12 +208,12 @@ def test_checksums_and_copies_are_those_of_the_checkpoint(engine, tensors, publi
     assert all(torch.equal(attach(manifest)[name], tensor) for name, tensor in tensors.items())
 
 
-def test_new_weights_change_tokens_as_in_transformers(engine, model, tensors, publish, restored):
+def test_new_weights_change_tokens_as_in_transformers(engine, tensors, publish, restored, with_weights):
     before, version, weights = run(engine, chunk())[0].tokens, next(restored), changed(tensors)
     engine.update_weights(publish(weights), version)
     assert engine.checksums() == {name: checksum(tensor) for name, tensor in weights.items()}
     (result,) = run(engine, chunk(new=20))
-    updated = with_weights(model, weights)
+    updated = with_weights(weights)
     assert result.versions == (VersionSpan(version, 0, 20),) and result.cached_tokens == 0
     assert result.tokens == greedy(updated, PROMPT, 20) and result.tokens[:12] != before
     np.testing.assert_allclose(
@@ -217,7 +221,7 @@ def test_new_weights_change_tokens_as_in_transformers(engine, model, tensors, pu
     assert engine.statistics().version == version
 
 
-def test_running_chunks_continue_under_new_weights(engine, model, tensors, publish, restored):
+def test_running_chunks_continue_under_new_weights(engine, model, tensors, publish, restored, with_weights):
     (short, long), version, old = (chunk(PROMPT[:4], 3), chunk(new=100)), next(restored), engine.statistics().version
     engine.submit([short, long])
     (first,) = engine.collect()
@@ -227,7 +231,7 @@ def test_running_chunks_continue_under_new_weights(engine, model, tensors, publi
     assert first.request_id == short.request_id and result.request_id == long.request_id
     before, after = result.versions
     assert (before.version, after.version, before.end, after.end) == (old, version, after.start, 100)
-    context, updated = PROMPT + result.tokens, with_weights(model, weights)
+    context, updated = PROMPT + result.tokens, with_weights(weights)
     expected = np.concatenate([log_probs(model, context)[len(PROMPT) - 1:][: before.end],
                                log_probs(updated, context)[len(PROMPT) - 1:][before.end:]])
     np.testing.assert_allclose(result.log_probs, expected, atol=1e-5)
