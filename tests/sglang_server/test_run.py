@@ -42,9 +42,11 @@ def test_two_steps_in_one_of_which_a_server_dies(tmp_path):
     assert "engine-" in errors and "it is started anew" in errors and "its server" in errors
     rows = {row["step"]: row for row in run.rows()}
     for step in (1, 2):
-        assert rows[step]["weights/probe_max_abs"] <= 1e-5
+        # Of log-probs down to -20 or so, in float32; measured: 9.5e-6.
+        assert rows[step]["weights/probe_max_abs"] <= 2e-5
         # What the engines sampled with is what the learner computes for the same tokens: the first update is on policy.
-        assert rows[step]["loss/mismatch_max_abs"] <= 1e-4 and rows[step]["loss/grad_norm"] > 0
+        assert rows[step]["loss/mismatch_max_abs"] <= 2e-5 and rows[step]["grad_norm"] > 0
+    assert rows[2]["rollout/engine_deaths"] == 1
     assert none_left(family)
     assert not [p for p in psutil.process_iter(["cmdline"]) if str(run.folder) in " ".join(p.info["cmdline"] or ())]
 
