@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -78,7 +80,9 @@ class Server:
         return self._launch.port
 
     def _start(self, port: int) -> None:
-        launch, folder = self._launch, tempfile.mkdtemp(prefix="pbsd-sglang-", dir=short_temporary())
+        launch = self._launch
+        sweep()
+        folder = tempfile.mkdtemp(prefix=f"pbsd-sglang-{os.getpid()}-", dir=short_temporary())
         arguments = {**launch.arguments, "host": "127.0.0.1", "port": port, "weight_version": str(self.weights)}
         environment = {"SGLANG_RETURN_ORIGINAL_LOGPROB": "1", "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1",
                        **launch.environment, "TMPDIR": folder}
@@ -171,6 +175,13 @@ def is_free(port: int) -> bool:
         except OSError:
             return False
     return True
+
+
+def sweep() -> None:
+    """Remove temporary folders of servers whose keepers were killed before they could."""
+    for path in Path(short_temporary()).glob("pbsd-sglang-*-*"):
+        if not Path("/proc", path.name.split("-")[2]).exists():
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def short_temporary() -> str:
