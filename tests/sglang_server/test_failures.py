@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import threading
 import time
 from dataclasses import replace
 
@@ -88,6 +89,15 @@ def test_weights_that_are_cut_short_are_an_error_and_not_a_dead_server(unpublish
     unpublished.submit([Chunk("r", PROMPT, 4, seed=0, temperature=0.0)])
     (result,) = unpublished.collect()
     assert result.versions[0].version == 1
+
+
+def test_a_collection_that_is_interrupted_returns_with_nothing(unpublished):
+    unpublished.submit([Chunk("long", PROMPT, 100, seed=0)])
+    threading.Timer(0.3, unpublished.interrupt).start()
+    assert unpublished.collect() == unpublished.collect() == []
+    unpublished.abort(["long"])
+    (result,) = unpublished.collect()
+    assert result.finish_reason == "abort" and len(result.tokens) < 100
 
 
 def test_tokens_of_other_weights_are_never_served(unpublished):

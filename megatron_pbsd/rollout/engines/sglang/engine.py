@@ -70,6 +70,7 @@ class SGLangEngine:
         self._kv_tokens = json.loads(self._server.get("/server_info"))["max_total_num_tokens"]
         self._threads = ThreadPoolExecutor(slots, thread_name_prefix=name)
         self._flights: dict[Future[Reply], Flight] = {}
+        self._interrupted: Future[None] = Future()
         self._ended: list[ChunkResult] = []
         self._seen: dict[str, int] = {}
         self._numbers = count()
@@ -127,11 +128,18 @@ class SGLangEngine:
 
     def collect(self) -> list[ChunkResult]:
         start = time.perf_counter()
-        while not self._ended and self._flights:
-            self._land(wait(self._flights, return_when=FIRST_COMPLETED).done)
+        while not self._ended and self._flights and not self._interrupted.done():
+            done = wait([*self._flights, self._interrupted], return_when=FIRST_COMPLETED).done
+            self._land(done - {self._interrupted})
         self._busy_seconds += time.perf_counter() - start
         ended, self._ended = self._ended, []
         return ended
+
+    def interrupt(self) -> None:
+        """Let `collect`, the one that runs or the next, return as soon as it can, until `abort` is called. This alone
+        may be called from another thread."""
+        if not self._interrupted.done():
+            self._interrupted.set_result(None)
 
     def _land(self, done: set[Future]) -> None:
         for future in done:
@@ -179,6 +187,7 @@ class SGLangEngine:
             raise EngineError(f"engine {self.name!r}: request {flight.rid!r}: {error}") from error
 
     def abort(self, request_ids: Sequences[str]) -> None:
+        self._interrupted = Future()
         for future, flight in list(self._flights.items()):
             if flight.chunk.request_id not in request_ids:
                 continue
