@@ -60,7 +60,8 @@ def describe(annotation: Any, metadata: Sequence[Any] = ()) -> str:
         return f"a mapping whose keys are {describe(arguments[0])} and whose values are {describe(arguments[1])}"
     if origin is tuple:
         return f"a list, each element {describe(arguments[0])}"
-    names = {int: "a whole number", float: "a finite number", bool: "true or false", str: "text", NoneType: "null"}
+    names = {int: "a whole number", float: "a finite number", bool: "true or false", str: "text", NoneType: "null",
+             Any: "anything"}
     return (names[annotation] + " " + _bounds(metadata)).strip()
 
 

@@ -25,6 +25,7 @@ from megatron_pbsd.config import RunConfig
 from megatron_pbsd.controller.failures import ComponentDied
 from megatron_pbsd.controller.runtime import Handle, Runtime, open_runtime
 from megatron_pbsd.environments import Environment, build_environment
+from megatron_pbsd.errors import UsageError
 from megatron_pbsd.learner.group import LearnerGroup
 from megatron_pbsd.observability.recorder import Recorder
 from megatron_pbsd.observability.records import TRAJECTORIES
@@ -266,6 +267,7 @@ def score(environment: Environment, groups: Sequence[Group], tasks: dict) -> lis
 def build(config: RunConfig, resume: str | None) -> Iterator[Components]:
     """All components of a run, whose records go to `<runs>/<name>`. `resume`: the checkpoint to continue from, None for
     a new run; the newest one need not exist."""
+    check_engines(config)
     folder = config.folder
     with ExitStack() as stack:
         # Before the ranks, so that it ends when they have: what they have not written by then it gives up.
@@ -276,7 +278,7 @@ def build(config: RunConfig, resume: str | None) -> Iterator[Components]:
         recorder = stack.enter_context(Recorder(folder, config.observability, config, first_row))
         runtime = stack.enter_context(open_runtime(config.runtime, config.folder / "logs", config.ray_port))
         kv_pool = stack.enter_context(SharedFolder())
-        learner, engines = start_learner(runtime, config), start_engines(runtime, config, kv_pool)
+        learner, engines = start_learner(runtime, config), start_engines(runtime, config, kv_pool, folder / "logs")
         reference = start_reference(runtime, config)
         coordinator = start_coordinator(runtime, config, engines)
         environment = build_environment(config.environment, config.model.path)
@@ -321,15 +323,30 @@ def build_learner(rank: int, rendezvous: str, **arguments: Any) -> Learner:
     return Learner(rank, rendezvous, **arguments)
 
 
-def start_engines(runtime: Runtime, config: RunConfig, kv_pool: SharedFolder) -> EngineGroup:
-    """kv_pool: where they park KV."""
-    rollout = config.rollout
+def start_engines(runtime: Runtime, config: RunConfig, kv_pool: SharedFolder, logs: Path) -> EngineGroup:
+    """kv_pool: where embedded engines park KV. logs: of servers."""
+    rollout, load_weights = config.rollout, config.model.initial_weights == "load"
+    if rollout.engine == "sglang":
+        return EngineGroup.spawn(
+            runtime, start_sglang, count=rollout.engines,
+            deadline_s=max(rollout.deadline_s, rollout.sglang.start_deadline_s), model_path=config.model.path,
+            config=rollout, logs=str(logs.resolve()), load_weights=load_weights,
+            routed_experts=config.learner.moe.routing_replay)
     return EngineGroup.spawn(
         runtime, build_engine, count=rollout.engines, deadline_s=rollout.deadline_s, model_path=config.model.path,
-        slots=rollout.slots, max_context=rollout.max_context,
-        load_weights=config.model.initial_weights == "load",
+        slots=rollout.slots, max_context=rollout.max_context, load_weights=load_weights,
         kv_pool=PoolPlace(kv_pool.path, rollout.kv_pool_mb * 2**20, shared=rollout.divides),
         longest_draft=rollout.speculation.max_draft_tokens if rollout.speculation.enabled else None)
+
+
+def check_engines(config: RunConfig) -> None:
+    """UsageError with all that is wrong with what SGLang is to be started with. Asks SGLang, and starts nothing."""
+    if config.rollout.engine != "sglang":
+        return
+    from megatron_pbsd.rollout.engines.sglang.arguments import problems
+
+    if found := problems(config.rollout.sglang):
+        raise UsageError("\n".join(found))
 
 
 def start_reference(runtime: Runtime, config: RunConfig) -> EngineGroup | None:
@@ -351,6 +368,13 @@ def build_engine(longest_draft: int | None = None, device: str = "cpu", **argume
 
         arguments["speculation"] = Speculation(longest_draft, clock=clock_of(device))
     return EmbeddedEngine(device=device, **arguments)
+
+
+def start_sglang(**arguments: Any) -> Engine:
+    """In the engine's own process, which starts a server."""
+    from megatron_pbsd.rollout.engines.sglang.build import build_sglang_engine
+
+    return build_sglang_engine(**arguments)
 
 
 def start_coordinator(runtime: Runtime, config: RunConfig, engines: EngineGroup) -> Handle:

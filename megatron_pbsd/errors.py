@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import ClassVar
 
 
@@ -20,6 +20,17 @@ class UsageError(PbsdError):
     """What was asked for cannot be done as asked; nothing has started. The command line exits with 2."""
 
     component: ClassVar[str] = "usage"
+
+
+class Lost(PbsdError):
+    """What a component needs to go on is gone, though its own process is not: to all others it is dead.
+
+    name: the component's. last_lines: the end of what was written about it.
+    """
+
+    def __init__(self, name: str, cause: str, last_lines: Sequence[str] = ()):
+        super().__init__(name, cause, tuple(last_lines))
+        self.name, self.cause, self.last_lines = name, cause, tuple(last_lines)
 
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:

@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 
 from megatron_pbsd import summary
-from megatron_pbsd.components import score, start_coordinator, start_engines
+from megatron_pbsd.components import check_engines, score, start_coordinator, start_engines
 from megatron_pbsd.config import RunConfig
 from megatron_pbsd.controller.runtime import open_runtime
 from megatron_pbsd.environments import build_environment
@@ -16,11 +16,12 @@ from megatron_pbsd.resharding.shared_memory import SharedFolder
 
 def evaluate(config: RunConfig) -> dict[str, float]:
     """`config.evaluation` of the policy at `config.model.path`: eval/exact_match, eval/f1, eval/turns."""
+    check_engines(config)
     environment = build_environment(config.environment, config.model.path)
     tasks = environment.tasks(config.evaluation.split)
     with tempfile.TemporaryDirectory(prefix="pbsd-evaluate-") as folder:
         with SharedFolder() as kv_pool, open_runtime(config.runtime, Path(folder), config.ray_port) as runtime:
-            coordinator = start_coordinator(runtime, config, start_engines(runtime, config, kv_pool))
+            coordinator = start_coordinator(runtime, config, start_engines(runtime, config, kv_pool, Path(folder)))
             groups = runtime.result(coordinator.call(
                 "collect", evaluation_requests(tasks, config), step=0, seed=config.seed,
                 temperature=config.evaluation.temperature))

@@ -26,11 +26,12 @@ class Run:
 
     process: subprocess.Popen
     folder: Path
+    deadline_s: float = DEADLINE_S
 
     def finish(self) -> tuple[int, str]:
         """(exit code, what it said on stderr)."""
         try:
-            _, errors = self.process.communicate(timeout=DEADLINE_S)
+            _, errors = self.process.communicate(timeout=self.deadline_s)
         except subprocess.TimeoutExpired:
             self.process.kill()
             raise
@@ -47,7 +48,7 @@ class Run:
         return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
     def wait_for_step(self, step: int) -> None:
-        end = time.monotonic() + DEADLINE_S
+        end = time.monotonic() + self.deadline_s
         while not any(row["step"] >= step for row in self.rows()):
             assert self.process.poll() is None, self.process.communicate()[1]
             assert time.monotonic() < end, f"step {step} did not come"

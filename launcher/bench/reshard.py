@@ -125,7 +125,8 @@ def agreement() -> dict[str, float]:
             with ExitStack() as stack:
                 runtime = stack.enter_context(open_runtime(config.runtime, Path(folder) / name))
                 pool = stack.enter_context(SharedFolder())
-                learner, engines = start_learner(runtime, config), start_engines(runtime, config, pool)
+                learner, engines = start_learner(runtime, config), start_engines(
+                    runtime, config, pool, Path(folder))
                 learner.ready()
                 engines.ready()
                 publisher = Publisher(learner, engines, _probe(), tolerance=1.0)

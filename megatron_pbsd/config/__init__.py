@@ -43,6 +43,6 @@ from megatron_pbsd.config.losses import (
     ValueLossConfig,
 )
 from megatron_pbsd.config.model import ModelConfig
-from megatron_pbsd.config.rollout import EnvironmentConfig, EvaluationConfig, RolloutConfig
+from megatron_pbsd.config.rollout import EnvironmentConfig, EvaluationConfig, RolloutConfig, SGLangConfig
 from megatron_pbsd.config.run import BestConfig, CheckpointConfig, ObservabilityConfig, RunConfig
 from megatron_pbsd.config.section import Fraction, Positive, PositiveInt, Section

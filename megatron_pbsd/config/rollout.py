@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from math import ceil
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from megatron_pbsd.config.section import PositiveInt, Section
+from megatron_pbsd.config.section import Positive, PositiveInt, Section
 
 DIVIDING = ("divided", "context_aware", "longest_remaining")
 """Policies that run requests in chunks, any of which may run on any engine."""
@@ -21,9 +21,26 @@ class SpeculationConfig(Section):
     """Longest draft."""
 
 
+class SGLangConfig(Section):
+    python: str | None = None
+    """Interpreter of the environment that SGLang is installed in."""
+    args: dict[str, Any] = {}
+    """Any of SGLang's server arguments by the names of its ServerArgs, e.g. `tp_size`."""
+    environment: dict[str, str] = {}
+    """Environment variables of the servers."""
+    port: Annotated[int, Field(ge=1024, le=65535)] | None = None
+    """HTTP port of the first engine; the others take those after it. null takes any free ones."""
+    start_deadline_s: Positive = 900.0
+    """After this long a server that is not ready has failed."""
+
+
 class RolloutConfig(Section):
+    engine: Literal["embedded", "sglang"] = "embedded"
+    """What generates: an engine in the component's own process, or an SGLang server of its own."""
+    sglang: SGLangConfig = SGLangConfig()
+    """SGLang servers, one per engine."""
     engines: PositiveInt = 2
-    """Number of embedded engines."""
+    """Number of engines."""
     slots: PositiveInt = 64
     """Sequences that one engine decodes at a time."""
     prompts_per_step: PositiveInt = 16
@@ -93,6 +110,23 @@ class RolloutConfig(Section):
             problems.append(
                 f"rollout.chunk_tokens = {self.chunk_tokens} divides nothing: turns have at most "
                 f"rollout.max_turn_tokens = {self.max_turn_tokens}; the nearest valid value is {self.max_turn_tokens}")
+        return problems + self._engine_conflicts()
+
+    def _engine_conflicts(self) -> list[str]:
+        if self.engine == "embedded":
+            return [f"rollout.sglang.{name} has no effect with rollout.engine = 'embedded': leave it out, or set "
+                    "rollout.engine to 'sglang'" for name, field in SGLangConfig.model_fields.items()
+                    if getattr(self.sglang, name) != field.default]
+        problems = []
+        if self.sglang.python is None:
+            problems.append("rollout.engine = 'sglang' needs rollout.sglang.python, the interpreter of the environment "
+                            "that SGLang is installed in")
+        if self.speculation.enabled:
+            problems.append("rollout.speculation.enabled has no effect with rollout.engine = 'sglang', which drafts by "
+                            "its own arguments (rollout.sglang.args.speculative_algorithm): leave it out")
+        if self.sglang.port is not None and self.sglang.port + self.engines > 65536:
+            problems.append(f"rollout.sglang.port = {self.sglang.port} leaves no ports for rollout.engines = "
+                            f"{self.engines}; the nearest valid value is {65536 - self.engines}")
         return problems
 
     def _partial_conflicts(self) -> list[str]:

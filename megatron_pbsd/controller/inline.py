@@ -6,6 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_pbsd.controller.failures import ComponentDied
+from megatron_pbsd.errors import Lost
+
 
 @dataclass(frozen=True)
 class InlineFuture:
@@ -47,6 +50,8 @@ class InlineRuntime:
         return list(futures), []
 
     def result(self, future: InlineFuture) -> Any:
+        if isinstance(future.error, Lost):
+            raise ComponentDied(future.name, future.error.cause, future.error.last_lines) from future.error
         if future.error is not None:
             raise future.error
         return future.value

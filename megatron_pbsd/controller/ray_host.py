@@ -25,6 +25,7 @@ from ray.exceptions import (
 )
 
 from megatron_pbsd.controller.failures import ComponentDied
+from megatron_pbsd.errors import Lost
 
 LOG_LINES_SHOWN = 20
 COLOURS = "\x1b\\[[0-9;]*m"
@@ -124,6 +125,8 @@ class RayClient:
         try:
             return ray.get(future.reference)
         except RayTaskError as error:
+            if isinstance(error.cause, Lost):
+                raise ComponentDied(future.name, error.cause.cause, error.cause.last_lines) from None
             if isinstance(error.cause, Exception) and not isinstance(error.cause, RayTaskError):
                 # The remote traceback is the only one that shows where it happened.
                 error.cause.add_note(f"in {future.name}: {re.sub(COLOURS, '', str(error)).strip()}")

@@ -49,7 +49,7 @@ class LengthModel:
 
     What is predicted is the mean of two lengths: that which few like it exceed, and that which one of all requests of
     the rollout exceeds, because it ends with the last of them, and being late with a long one costs more than being
-    early with many short ones.
+    early with many short ones. Of a group with an earlier answer it is the first alone: enough is known of it.
     """
 
     def __init__(self, limit: int, prior: Mapping[str, int] | None = None):
@@ -58,6 +58,8 @@ class LengthModel:
         self._prior = {group: log(tokens) for group, tokens in (prior or {}).items()}
         self._requests = 1
         self._population = _Population(log(limit))
+        for earlier in self._prior.values():
+            self._population.finished(0.0, earlier)
         self._within, self._within_count = WITHIN * PRIOR_WEIGHT, PRIOR_WEIGHT
         self.calibration = Calibration()
 
@@ -67,7 +69,6 @@ class LengthModel:
             group = self._groups[group_id] = _Group()
             if (earlier := self._prior.get(group_id)) is not None:
                 group.finished, group.total, group.squares = 1, earlier, earlier * earlier
-                self._population.finished(0.0, earlier)
         return group
 
     def known(self, group_id: str) -> bool:
@@ -124,8 +125,8 @@ class LengthModel:
         mean, deviation = self._estimated(self._group(group_id))
         beyond = erfc((log(tokens) - mean) / (deviation * sqrt(2))) / 2 if tokens else 1.0
         likely = self._exceeded(RISK * beyond, mean, deviation, tokens)
-        if likely >= room:
-            return room
+        if likely >= room or group_id in self._prior:
+            return likely
         return (likely + self._exceeded(min(RISK, 1 / self._requests) * beyond, mean, deviation, tokens)) / 2
 
     def _exceeded(self, chance: float, mean: float, deviation: float, tokens: int) -> float:

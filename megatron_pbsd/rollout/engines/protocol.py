@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from megatron_pbsd.errors import PbsdError
+from megatron_pbsd.errors import Lost, PbsdError
 from megatron_pbsd.trajectory import FinishReason, VersionSpan
 
 if TYPE_CHECKING:  # which needs torch; a coordinator does not
@@ -23,6 +23,14 @@ class EngineError(PbsdError):
     """An engine could not do what it was asked; the message names the engine, the request and the cause."""
 
     component = "rollout"
+
+
+class EngineDied(Lost, EngineError):
+    """What an engine needs to go on, a server say, is gone, or must not go on: another has to take its place."""
+
+    def __str__(self) -> str:
+        tail = "".join(f"\n  {self.name} | {line}" for line in self.last_lines)
+        return f"engine {self.name!r}: {self.cause}" + (f"\nThe end of its log:{tail}" if tail else "")
 
 
 @dataclass(frozen=True)

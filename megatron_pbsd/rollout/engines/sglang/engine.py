@@ -1,0 +1,307 @@
+"""An engine that is an SGLang server: a process of its own, which this one starts, watches and speaks HTTP with."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence as Sequences
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from itertools import count
+from pathlib import Path
+
+import numpy as np
+
+from megatron_pbsd.models import family
+from megatron_pbsd.resharding.manifest import WeightsManifest, checksum, layout
+from megatron_pbsd.resharding.shared_memory import Segment, attach
+from megatron_pbsd.rollout.engines.protocol import (
+    Chunk,
+    ChunkResult,
+    EngineError,
+    EngineStatistics,
+    KVCounters,
+)
+from megatron_pbsd.rollout.engines.sglang.client import Refused, Unreachable
+from megatron_pbsd.rollout.engines.sglang.replies import (
+    Reply,
+    StaleWeights,
+    WeightsName,
+    experts_of,
+    generate_body,
+    metric,
+    read_reply,
+    read_scores,
+    score_body,
+)
+from megatron_pbsd.rollout.engines.sglang.server import Launch, Server
+from megatron_pbsd.rollout.engines.sglang.weights import ServerWeights
+from megatron_pbsd.trajectory import FinishReason, VersionSpan
+
+ABORT_AGAIN_S = 0.2
+
+
+class SGLangEngine:
+    """See `protocol.Engine`. A chunk is one /generate request that a thread waits for.
+
+    launch: how the server is started; its arguments are complete (`arguments.server_arguments`).
+    slots: chunks that it runs at a time. ranks: its processes that hold weights.
+    has_weights: whether the server starts with those of `model_path`; until it is given some it otherwise refuses work.
+    """
+
+    def __init__(
+        self, model_path: str, *, name: str, launch: Launch, slots: int, max_context: int, ranks: int = 1,
+        has_weights: bool = True,
+    ) -> None:
+        self.name = name
+        self._slots, self._max_context = slots, max_context
+        hf = json.loads((Path(model_path) / "config.json").read_text(encoding="utf-8"))
+        self._vocabulary, self._layers = hf["vocab_size"], hf["num_hidden_layers"]
+        tensors = family(hf).hf_tensors(hf)
+        self._moe_layers = moe_layers(tensors)
+        self._server = Server(name, launch)
+        try:
+            self._weights = ServerWeights(self._server, ranks, tensors)
+        except (ValueError, Refused) as error:
+            self._server.close()
+            raise EngineError(
+                f"engine {name!r}: SGLang's model is another than that of {model_path!r}: {error}") from error
+        self._has_weights = has_weights
+        self._kv_tokens = json.loads(self._server.get("/server_info"))["max_total_num_tokens"]
+        self._threads = ThreadPoolExecutor(slots, thread_name_prefix=name)
+        self._flights: dict[Future[Reply], Flight] = {}
+        self._interrupted: Future[None] = Future()
+        self._ended: list[ChunkResult] = []
+        self._seen: dict[str, int] = {}
+        self._numbers = count()
+        self._generated = self._prefilled = self._own = self._others = 0
+        self._busy_seconds = 0.0
+
+    def submit(self, chunks: Sequences[Chunk]) -> None:
+        if chunks and not self._has_weights:
+            raise EngineError(f"engine {self.name!r} has no weights yet")
+        arriving: list[str] = []
+        for chunk in chunks:
+            self._check(chunk, arriving)
+            arriving.append(chunk.request_id)
+        for chunk in chunks:
+            self._send(Flight(chunk, [self._server.weights], self._experts_from(chunk)))
+
+    def _check(self, chunk: Chunk, arriving: Sequences[str]) -> None:
+        def refuse(cause: str) -> EngineError:
+            return EngineError(f"engine {self.name!r}: request {chunk.request_id!r} {cause}")
+
+        if chunk.request_id in arriving or any(f.chunk.request_id == chunk.request_id for f in self._flights.values()):
+            raise refuse("is already running")
+        if fault := self._fault_of(chunk.tokens):
+            raise refuse(fault)
+        if len(chunk.tokens) >= self._max_context:
+            raise refuse(f"has {len(chunk.tokens)} tokens of context: no room below max_context {self._max_context}")
+        if chunk.max_new_tokens < 1:
+            raise refuse(f"has max_new_tokens {chunk.max_new_tokens}, expected at least 1")
+        if chunk.temperature < 0:
+            raise refuse(f"has temperature {chunk.temperature}, expected 0 (greedy) or more")
+        if chunk.routed_from is not None and not 0 <= chunk.routed_from <= len(chunk.tokens):
+            raise refuse(f"has routed_from {chunk.routed_from}, expected 0 … {len(chunk.tokens)}, its tokens, or None")
+
+    def _fault_of(self, tokens: Sequences[int]) -> str | None:
+        # A server that does not read text dies of an id that is none.
+        if not len(tokens):
+            return "has no tokens"
+        if min(tokens) < 0 or max(tokens) >= self._vocabulary:
+            return f"has token ids outside of the vocabulary [0, {self._vocabulary})"
+        return None
+
+    def _experts_from(self, chunk: Chunk) -> int | None:
+        """Under other weights than its last chunk a context is read again, all of it."""
+        if chunk.routed_from is None or not self._moe_layers:
+            return None
+        version = self._server.weights.version
+        return chunk.routed_from if self._seen.get(chunk.request_id, version) == version else 0
+
+    def _send(self, flight: Flight) -> None:
+        chunk = flight.chunk
+        room = min(chunk.max_new_tokens, self._max_context - len(chunk.tokens))
+        flight.rid = f"{chunk.request_id}#{next(self._numbers)}"
+        body = generate_body(chunk, flight.tokens, flight.rid, room, flight.experts_from)
+        self._flights[self._threads.submit(self._server.client.post, "/generate", body)] = flight
+
+    def collect(self) -> list[ChunkResult]:
+        start = time.perf_counter()
+        while not self._ended and self._flights and not self._interrupted.done():
+            done = wait([*self._flights, self._interrupted], return_when=FIRST_COMPLETED).done
+            self._land(done - {self._interrupted})
+        self._busy_seconds += time.perf_counter() - start
+        ended, self._ended = self._ended, []
+        return ended
+
+    def interrupt(self) -> None:
+        """Let `collect`, the one that runs or the next, return as soon as it can, until `abort` is called. This alone
+        may be called from another thread."""
+        if not self._interrupted.done():
+            self._interrupted.set_result(None)
+
+    def _land(self, done: set[Future]) -> None:
+        for future in done:
+            flight = self._flights.pop(future)
+            try:
+                reply = read_reply(future.result(), flight.weights)
+            except Unreachable as error:
+                raise self._server.lost(error) from error
+            except StaleWeights as error:
+                raise self._server.condemned(f"request {flight.rid!r}: it generated with {error}") from error
+            except (Refused, ValueError) as error:
+                raise EngineError(f"engine {self.name!r}: request {flight.rid!r}: {error}") from error
+            self._take(flight, reply)
+
+    def _take(self, flight: Flight, reply: Reply) -> None:
+        chunk = flight.chunk
+        self._count(flight, reply)
+        flight.add(reply)
+        full = len(flight.tokens) >= min(chunk.max_new_tokens, self._max_context - len(chunk.tokens))
+        unasked = reply.finish_reason == "stop" and reply.stopped not in chunk.stop_token_ids
+        if unasked and not full and not flight.aborted:
+            # The server also stops after what the model's configuration names; a chunk stops where it says.
+            return self._send(flight)
+        reason: FinishReason = "abort" if unasked and not full else "length" if unasked else reply.finish_reason
+        self._seen[chunk.request_id] = reply.versions[-1].version if reply.versions else self._server.weights.version
+        self._ended.append(flight.result(reason, *self._routed(flight, reply)))
+
+    def _count(self, flight: Flight, reply: Reply) -> None:
+        self._generated += len(reply.tokens)
+        context = len(flight.chunk.tokens) + len(flight.tokens)
+        self._prefilled += context - reply.cached_tokens if reply.tokens else 0
+        if flight.chunk.request_id in self._seen:
+            self._own += reply.cached_tokens
+        else:
+            self._others += reply.cached_tokens
+
+    def _routed(self, flight: Flight, reply: Reply) -> tuple[np.ndarray | None, int]:
+        if flight.experts_from is None or reply.routed_experts is None or not reply.tokens:
+            return None, 0
+        end = len(flight.chunk.tokens) + len(flight.tokens) - 1
+        start = min(flight.experts_from, end)
+        try:
+            return experts_of(reply.routed_experts, end - start, self._layers, self._moe_layers), start
+        except ValueError as error:
+            raise EngineError(f"engine {self.name!r}: request {flight.rid!r}: {error}") from error
+
+    def abort(self, request_ids: Sequences[str]) -> None:
+        self._interrupted = Future()
+        for future, flight in list(self._flights.items()):
+            if flight.chunk.request_id not in request_ids:
+                continue
+            flight.aborted = True
+            if future.cancel():
+                del self._flights[future]
+                self._ended.append(flight.result("abort"))
+            # The server knows exact ids, and none that has not reached it yet.
+            while not future.done():
+                self._server.post("/abort_request", {"rid": flight.rid})
+                wait([future], ABORT_AGAIN_S)
+
+    def release(self, request_ids: Sequences[str]) -> None:
+        """The server's own cache gives up the longest untouched."""
+        for request_id in request_ids:
+            self._seen.pop(request_id, None)
+
+    def hand_over(self, request_ids: Sequences[str]) -> None:
+        self.release(request_ids)
+
+    def update_weights(self, manifest: WeightsManifest, version: int) -> None:
+        """Chunks that run continue under the new weights; their context is prefilled again."""
+        try:
+            self._weights.load(manifest, version, busy=bool(self._flights))
+        except (ValueError, Refused) as error:
+            raise EngineError(f"engine {self.name!r}: weights version {version}: {error}") from error
+        for flight in self._flights.values():
+            flight.weights.append(self._server.weights)
+        self._has_weights = True
+
+    def write_weights(self, manifest: WeightsManifest) -> None:
+        try:
+            self._weights.read(manifest, busy=bool(self._flights))
+        except (ValueError, Refused) as error:
+            raise EngineError(f"engine {self.name!r}: {error}") from error
+
+    def checksums(self) -> dict[str, str]:
+        """Takes as much shared memory as the weights, meanwhile."""
+        segment = Segment(layout("", self._weights.tensors).nbytes)
+        try:
+            manifest = layout(segment.name, self._weights.tensors)
+            self.write_weights(manifest)
+            return {name: checksum(tensor) for name, tensor in attach(manifest).items()}
+        finally:
+            segment.close()
+
+    def score(self, sequences: Sequences[Sequences[int]]) -> list[np.ndarray]:
+        start = time.perf_counter()
+        for index, sequence in enumerate(sequences):
+            if fault := self._fault_of(sequence):
+                raise EngineError(f"engine {self.name!r}: sequence {index} to score {fault}")
+        try:
+            replies = self._server.post("/generate", score_body(sequences, f"score#{next(self._numbers)}"))
+            scores = read_scores(replies, self._server.weights)
+        except Refused as error:
+            raise EngineError(f"engine {self.name!r}: sequences to score: {error}") from error
+        except StaleWeights as error:
+            raise self._server.condemned(f"it scored with {error}") from error
+        self._busy_seconds += time.perf_counter() - start
+        return scores
+
+    def statistics(self) -> EngineStatistics:
+        passes = metric(self._server.get("/metrics"), "sglang:cuda_graph_passes_total", tp_rank="0", pp_rank="0")
+        return EngineStatistics(
+            version=self._server.weights.version,
+            running=min(len(self._flights), self._slots),
+            waiting=max(0, len(self._flights) - self._slots),
+            cached_requests=len(self._seen),
+            generated_tokens=self._generated,
+            prefilled_tokens=self._prefilled,
+            cached_tokens=self._own + self._others,
+            decode_steps=int(passes),
+            busy_seconds=self._busy_seconds,
+            kv_tokens=self._kv_tokens,
+            kv=KVCounters(slot_tokens=self._own, sibling_tokens=self._others),
+        )
+
+    def close(self) -> None:
+        """Ends the server; an engine whose process ends need not."""
+        self._server.close()
+        self._threads.shutdown(wait=False)
+
+
+@dataclass
+class Flight:
+    """A chunk under way. weights: those that the server was given since. tokens … versions: of replies so far."""
+
+    chunk: Chunk
+    weights: list[WeightsName]
+    experts_from: int | None
+    rid: str = ""
+    aborted: bool = False
+    tokens: list[int] = field(default_factory=list)
+    log_probs: list[float] = field(default_factory=list)
+    versions: list[VersionSpan] = field(default_factory=list)
+    cached_tokens: int | None = None
+
+    def result(self, reason: FinishReason, experts: np.ndarray | None = None, routed_from: int = 0) -> ChunkResult:
+        return ChunkResult(self.chunk.request_id, tuple(self.tokens), tuple(self.log_probs), reason,
+                           self.cached_tokens or 0, tuple(self.versions), experts, routed_from)
+
+    def add(self, reply: Reply) -> None:
+        offset = len(self.tokens)
+        self.tokens += reply.tokens
+        self.log_probs += reply.log_probs
+        for span in reply.versions:
+            start, end = span.start + offset, span.end + offset
+            if self.versions and self.versions[-1].version == span.version:
+                start = self.versions.pop().start
+            self.versions.append(VersionSpan(span.version, start, end))
+        if self.cached_tokens is None:
+            self.cached_tokens = reply.cached_tokens
+
+
+def moe_layers(tensors: Sequences[str]) -> list[int]:
+    """Layers with experts, by the names of a checkpoint's tensors."""
+    return sorted({int(name.split("layers.")[1].split(".")[0]) for name in tensors if ".experts." in name})

@@ -1,0 +1,82 @@
+"""Tests against real SGLang servers: `make test-sglang`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from megatron_pbsd.resharding.manifest import WeightsManifest, layout
+from megatron_pbsd.resharding.shared_memory import Segment, attach
+from megatron_pbsd.rollout.engines.embedded.engine import EmbeddedEngine
+from megatron_pbsd.rollout.engines.protocol import Engine
+
+HERE = Path(__file__).parent
+SLOTS, MAX_CONTEXT = 8, 120
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if HERE in Path(item.path).parents:
+            item.add_marker(pytest.mark.sglang)
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory) -> dict[str, Path]:
+    """Kind → folder. The dense one has an end-of-text token in its configuration that nobody asks to stop at."""
+    from tiny_models import make_tiny
+
+    root = tmp_path_factory.mktemp("models")
+    return {"dense": make_tiny("qwen3", root / "dense", eos_token_id=23),
+            "moe": make_tiny("qwen3_moe", root / "moe", mlp_only_layers=[])}
+
+
+@pytest.fixture(scope="session")
+def engines(models, tmp_path_factory):
+    """Starts each engine once: `engines(kind of engine, kind of model)`."""
+    from sglang_server.servers import start
+
+    made: dict[tuple[str, str], Engine] = {}
+
+    def engine(kind: str, model: str) -> Engine:
+        if (kind, model) not in made:
+            if kind == "embedded":
+                made[kind, model] = EmbeddedEngine(
+                    str(models[model]), name="engine-0", slots=SLOTS, max_context=MAX_CONTEXT)
+            else:
+                made[kind, model] = start(models[model], tmp_path_factory.mktemp("logs"), slots=SLOTS,
+                                          max_context=MAX_CONTEXT, routed_experts=model == "moe")
+        return made[kind, model]
+
+    yield engine
+    for (kind, _), started in made.items():
+        if kind == "sglang":
+            started.close()
+
+
+@pytest.fixture(scope="session")
+def references(models) -> dict[str, PreTrainedModel]:
+    """The same models under transformers' own attention and cache."""
+    return {kind: AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager").eval()
+            for kind, path in models.items()}
+
+
+@pytest.fixture
+def publish():
+    """Write tensors into a new shared-memory segment; the manifest says where."""
+    segments = []
+
+    def write(tensors: dict[str, torch.Tensor]) -> WeightsManifest:
+        described = {n: (str(t.dtype).removeprefix("torch."), tuple(t.shape)) for n, t in tensors.items()}
+        segment = Segment(layout("", described).nbytes)
+        segments.append(segment)
+        manifest = layout(segment.name, described)
+        for name, tensor in attach(manifest).items():
+            tensor.copy_(tensors[name])
+        return manifest
+
+    yield write
+    for segment in segments:
+        segment.close()
