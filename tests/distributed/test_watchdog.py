@@ -426,7 +426,8 @@ def hangs_in_its_loss(rank, rendezvous, folder, parallel, pipe):
     return caught(lambda: learner.step(batch))[0]
 
 
-@pytest.mark.parametrize("parallel", [{"tp": 2, "pp": 1}, {"tp": 1, "pp": 2}], ids=["tp2", "pp2"])
+@pytest.mark.parametrize("parallel", [
+    pytest.param({"tp": 2, "pp": 1}, id="tp2"), pytest.param({"tp": 1, "pp": 2}, id="pp2", marks=pytest.mark.slow)])
 def test_a_learner_that_hangs_in_megatrons_schedule_is_named(mortals, folders, parallel, pipe):
     parallel = ParallelConfig(world_size=2, **parallel)
     [error] = mortals(hangs_in_its_loss, 2, folders["tied"], parallel, pipe, answering=[0])

@@ -12,6 +12,7 @@ SEQUENCES = 16
 """Trajectories of a step of a SMALL run."""
 
 
+@pytest.mark.slow
 def test_pbsd_in_the_loss_is_pbsd_before_the_update(pbsd):
     """The teacher's pass alone, and evidence from the update's own log-probs: the same credit, loss and gradient."""
     options = (*SMALL, *INLINE, "--steps", str(STEPS))

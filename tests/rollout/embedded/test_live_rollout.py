@@ -134,7 +134,7 @@ def stop_with_parked(runtime, running, coordinator, pid, parked, least):
 
 @pytest.mark.parametrize(("policy", "fate"), [
     pytest.param("least_loaded", "dies", marks=pytest.mark.slow),
-    pytest.param("longest_remaining", "dies", marks=pytest.mark.slow), ("longest_remaining", "hangs")])
+    ("longest_remaining", "dies"), pytest.param("longest_remaining", "hangs", marks=pytest.mark.slow)])
 def test_an_engine_that_is_lost_costs_no_finished_chunk(ray_runtime, folders, pool_folder, tmp_path, policy, fate):
     """SIGKILL, or SIGSTOP for longer than the deadline, in the middle of a rollout. It ends as an undisturbed one, and
     a further rollout does without."""
