@@ -29,3 +29,25 @@ def runtime(request):
     from megatron_pbsd.controller.inline import InlineRuntime
 
     return InlineRuntime()
+
+
+@pytest.fixture
+def publish():
+    """Write tensors into a new shared-memory segment; the manifest says where."""
+    from megatron_pbsd.resharding.manifest import layout
+    from megatron_pbsd.resharding.shared_memory import Segment, attach
+
+    segments = []
+
+    def write(tensors):
+        described = {n: (str(t.dtype).removeprefix("torch."), tuple(t.shape)) for n, t in tensors.items()}
+        segment = Segment(layout("", described).nbytes)
+        segments.append(segment)
+        manifest = layout(segment.name, described)
+        for name, tensor in attach(manifest).items():
+            tensor.copy_(tensors[name])
+        return manifest
+
+    yield write
+    for segment in segments:
+        segment.close()

@@ -11,7 +11,6 @@ import logging
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -27,6 +26,7 @@ import ray
 from megatron_pbsd.controller import guard
 from megatron_pbsd.controller.ray_host import RayClient, RayHandle
 from megatron_pbsd.errors import UsageError
+from megatron_pbsd.ports import free_near, is_free
 
 OBJECT_STORE_BYTES = 256 * 2**20
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TORCH_COMPILE_DISABLE": "1", "HF_HUB_OFFLINE": "1"}
@@ -160,17 +160,6 @@ def session_folder() -> Path:
 def check_port(port: int) -> None:
     """UsageError, with a free port to take instead, when `port` is in use."""
     if not is_free(port):
-        free = next((p for p in (*range(port + 1, 65536), *range(port - 1, 1023, -1)) if is_free(p)), None)
         raise UsageError(
-            f"ray_port = {port} is in use by another process; {free} is free, and without ray_port Ray takes any free "
-            "one")
-
-
-def is_free(port: int) -> bool:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("", port))
-        except OSError:
-            return False
-    return True
+            f"ray_port = {port} is in use by another process; {free_near(port)} is free, and without ray_port Ray "
+            "takes any free one")

@@ -11,8 +11,9 @@ import pytest
 from megatron_pbsd.controller.failures import ComponentDied, DeadlineExpired
 from megatron_pbsd.controller.gather import end_hung, gather
 from megatron_pbsd.controller.inline import InlineRuntime
-from megatron_pbsd.controller.ray_cluster import check_port, is_free
+from megatron_pbsd.controller.ray_cluster import check_port
 from megatron_pbsd.errors import UsageError
+from megatron_pbsd.ports import is_free
 
 
 class Counter:

@@ -55,10 +55,10 @@ def test_what_over_sampling_cannot_be_combined_with_is_told_at_once(rollout, alg
     {"name": "pbsd"}, {"name": "gspo"}, {"name": "dapo", "sampling_attempts": 1},
     {"name": "distill", "loss": {"name": "jsd"}}])
 def test_what_over_sampling_can_be_combined_with(algorithm):
-    RunConfig.model_validate({**MINIMAL, "rollout": STALE, "algorithm": algorithm})
     uncorrected = {"name": "grpo", "loss": {"mismatch": {"name": "none"}}}
-    for rollout in ({**STALE, "stale_tokens": "mask"}, OVER):
-        RunConfig.model_validate({**MINIMAL, "rollout": rollout, "algorithm": uncorrected})
+    for rollout, beside in ((STALE, algorithm), ({**STALE, "stale_tokens": "mask"}, uncorrected), (OVER, uncorrected)):
+        config = RunConfig.model_validate({**MINIMAL, "rollout": rollout, "algorithm": beside})
+        assert rollout.items() <= config.rollout.model_dump().items() and config.algorithm.name == beside["name"]
 
 
 @pytest.mark.parametrize(("over", "prompts", "in_flight"), [(1.0, 16, 16), (1.5, 3, 5), (1.01, 4, 5), (2.0, 7, 14)])

@@ -5,11 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from megatron_pbsd.resharding.manifest import WeightsManifest, layout
-from megatron_pbsd.resharding.shared_memory import Segment, attach
 from megatron_pbsd.rollout.engines.embedded.engine import EmbeddedEngine
 from megatron_pbsd.rollout.engines.protocol import Engine
 
@@ -61,22 +58,3 @@ def references(models) -> dict[str, PreTrainedModel]:
     """The same models under transformers' own attention and cache."""
     return {kind: AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager").eval()
             for kind, path in models.items()}
-
-
-@pytest.fixture
-def publish():
-    """Write tensors into a new shared-memory segment; the manifest says where."""
-    segments = []
-
-    def write(tensors: dict[str, torch.Tensor]) -> WeightsManifest:
-        described = {n: (str(t.dtype).removeprefix("torch."), tuple(t.shape)) for n, t in tensors.items()}
-        segment = Segment(layout("", described).nbytes)
-        segments.append(segment)
-        manifest = layout(segment.name, described)
-        for name, tensor in attach(manifest).items():
-            tensor.copy_(tensors[name])
-        return manifest
-
-    yield write
-    for segment in segments:
-        segment.close()

@@ -72,6 +72,31 @@ class Chunk:
     siblings: tuple[SiblingTokens, ...] = ()
 
 
+def fault_of(tokens: Sequence[int], vocabulary: int) -> str | None:
+    """What is wrong with token ids that a model is to read."""
+    if not len(tokens):
+        return "has no tokens"
+    if min(tokens) < 0 or max(tokens) >= vocabulary:
+        return f"has token ids outside of the vocabulary [0, {vocabulary})"
+    return None
+
+
+def fault_of_chunk(chunk: Chunk, vocabulary: int, max_context: int) -> str | None:
+    """Why no engine of such a model can run it."""
+    known = len(chunk.tokens)
+    if fault := fault_of(chunk.tokens, vocabulary):
+        return fault
+    if known >= max_context:
+        return f"has {known} tokens of context: no room below max_context {max_context}"
+    if chunk.max_new_tokens < 1:
+        return f"has max_new_tokens {chunk.max_new_tokens}, expected at least 1"
+    if chunk.temperature < 0:
+        return f"has temperature {chunk.temperature}, expected 0 (greedy) or more"
+    if chunk.routed_from is not None and not 0 <= chunk.routed_from <= known:
+        return f"has routed_from {chunk.routed_from}, expected 0 … {known}, its tokens, or None"
+    return None
+
+
 @dataclass(frozen=True)
 class ChunkResult:
     """tokens/log_probs: the new tokens alone. cached_tokens: prompt tokens that were not prefilled again.

@@ -25,8 +25,6 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from megatron_pbsd.resharding.manifest import WeightsManifest, layout
-from megatron_pbsd.resharding.shared_memory import Segment, attach
 from megatron_pbsd.rollout.engines.embedded.engine import EmbeddedEngine
 
 SHAPE = dict(
@@ -112,22 +110,3 @@ def prompts() -> list[tuple[int, ...]]:
     """Sixteen prompts of 1 to 76 tokens."""
     generator = torch.Generator().manual_seed(1)
     return [tuple(torch.randint(96, (5 * i + 1,), generator=generator).tolist()) for i in range(16)]
-
-
-@pytest.fixture
-def publish():
-    """Write tensors into a new shared-memory segment; the manifest says where."""
-    segments = []
-
-    def write(tensors: dict[str, torch.Tensor]) -> WeightsManifest:
-        described = {n: (str(t.dtype).removeprefix("torch."), tuple(t.shape)) for n, t in tensors.items()}
-        segment = Segment(layout("", described).nbytes)
-        segments.append(segment)
-        manifest = layout(segment.name, described)
-        for name, tensor in attach(manifest).items():
-            tensor.copy_(tensors[name])
-        return manifest
-
-    yield write
-    for segment in segments:
-        segment.close()

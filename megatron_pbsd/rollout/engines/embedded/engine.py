@@ -20,7 +20,14 @@ from megatron_pbsd.rollout.engines.embedded.model import PackedModel
 from megatron_pbsd.rollout.engines.embedded.sampling import sample, uniforms
 from megatron_pbsd.rollout.engines.embedded.sequence import Sequence
 from megatron_pbsd.rollout.engines.embedded.weights import checkpoint_views, copy_held, copy_published
-from megatron_pbsd.rollout.engines.protocol import Chunk, ChunkResult, EngineError, EngineStatistics
+from megatron_pbsd.rollout.engines.protocol import (
+    Chunk,
+    ChunkResult,
+    EngineError,
+    EngineStatistics,
+    fault_of,
+    fault_of_chunk,
+)
 from megatron_pbsd.trajectory import FinishReason
 
 if TYPE_CHECKING:  # which needs numba; an engine that does not speculate does not
@@ -88,21 +95,11 @@ class EmbeddedEngine:
         self._waiting.update(arriving)
 
     def _check(self, chunk: Chunk, arriving: dict[str, Sequence]) -> None:
-        def refuse(cause: str) -> EngineError:
-            return EngineError(f"engine {self.name!r}: request {chunk.request_id!r} {cause}")
-
+        fault = fault_of_chunk(chunk, self._model.vocab_size, self._max_context)
         if any(chunk.request_id in known for known in (self._running, self._waiting, arriving)):
-            raise refuse("is already running")
-        if fault := self._fault_of(chunk.tokens):
-            raise refuse(fault)
-        if len(chunk.tokens) >= self._max_context:
-            raise refuse(f"has {len(chunk.tokens)} tokens of context: no room below max_context {self._max_context}")
-        if chunk.max_new_tokens < 1:
-            raise refuse(f"has max_new_tokens {chunk.max_new_tokens}, expected at least 1")
-        if chunk.temperature < 0:
-            raise refuse(f"has temperature {chunk.temperature}, expected 0 (greedy) or more")
-        if chunk.routed_from is not None and not 0 <= chunk.routed_from <= len(chunk.tokens):
-            raise refuse(f"has routed_from {chunk.routed_from}, expected 0 … {len(chunk.tokens)}, its tokens, or None")
+            fault = "is already running"
+        if fault:
+            raise EngineError(f"engine {self.name!r}: request {chunk.request_id!r} {fault}")
 
     def _record_experts(self) -> None:
         """From the first chunk that asks. What was read before that has no experts, and is read again."""
@@ -111,13 +108,6 @@ class EmbeddedEngine:
                 self._kv.forget(self._version)
         except ValueError as error:
             raise EngineError(f"engine {self.name!r}: routed experts are not available: {error}") from error
-
-    def _fault_of(self, tokens: Sequences[int]) -> str | None:
-        if not tokens:
-            return "has no tokens"
-        if min(tokens) < 0 or max(tokens) >= self._model.vocab_size:
-            return f"has token ids outside of the vocabulary [0, {self._model.vocab_size})"
-        return None
 
     def collect(self) -> list[ChunkResult]:
         start = time.perf_counter()
@@ -234,7 +224,7 @@ class EmbeddedEngine:
         batch: list[Sequences[int]] = []
         with torch.inference_mode():
             for index, sequence in enumerate(sequences):
-                if fault := self._fault_of(sequence):
+                if fault := fault_of(sequence, self._model.vocab_size):
                     raise EngineError(f"engine {self.name!r}: sequence {index} to score {fault}")
                 if batch and sum(map(len, batch)) + len(sequence) > SCORED_TOKENS_PER_PASS:
                     scores.extend(self._score(batch))

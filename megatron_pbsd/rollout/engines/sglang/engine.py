@@ -21,6 +21,8 @@ from megatron_pbsd.rollout.engines.protocol import (
     EngineError,
     EngineStatistics,
     KVCounters,
+    fault_of,
+    fault_of_chunk,
 )
 from megatron_pbsd.rollout.engines.sglang.client import Refused, Unreachable
 from megatron_pbsd.rollout.engines.sglang.replies import (
@@ -88,29 +90,11 @@ class SGLangEngine:
             self._send(Flight(chunk, [self._server.weights], self._experts_from(chunk)))
 
     def _check(self, chunk: Chunk, arriving: Sequences[str]) -> None:
-        def refuse(cause: str) -> EngineError:
-            return EngineError(f"engine {self.name!r}: request {chunk.request_id!r} {cause}")
-
+        fault = fault_of_chunk(chunk, self._vocabulary, self._max_context)
         if chunk.request_id in arriving or any(f.chunk.request_id == chunk.request_id for f in self._flights.values()):
-            raise refuse("is already running")
-        if fault := self._fault_of(chunk.tokens):
-            raise refuse(fault)
-        if len(chunk.tokens) >= self._max_context:
-            raise refuse(f"has {len(chunk.tokens)} tokens of context: no room below max_context {self._max_context}")
-        if chunk.max_new_tokens < 1:
-            raise refuse(f"has max_new_tokens {chunk.max_new_tokens}, expected at least 1")
-        if chunk.temperature < 0:
-            raise refuse(f"has temperature {chunk.temperature}, expected 0 (greedy) or more")
-        if chunk.routed_from is not None and not 0 <= chunk.routed_from <= len(chunk.tokens):
-            raise refuse(f"has routed_from {chunk.routed_from}, expected 0 … {len(chunk.tokens)}, its tokens, or None")
-
-    def _fault_of(self, tokens: Sequences[int]) -> str | None:
-        # A server that does not read text dies of an id that is none.
-        if not len(tokens):
-            return "has no tokens"
-        if min(tokens) < 0 or max(tokens) >= self._vocabulary:
-            return f"has token ids outside of the vocabulary [0, {self._vocabulary})"
-        return None
+            fault = "is already running"
+        if fault:
+            raise EngineError(f"engine {self.name!r}: request {chunk.request_id!r} {fault}")
 
     def _experts_from(self, chunk: Chunk) -> int | None:
         """Under other weights than its last chunk a context is read again, all of it."""
@@ -237,7 +221,7 @@ class SGLangEngine:
     def score(self, sequences: Sequences[Sequences[int]]) -> list[np.ndarray]:
         start = time.perf_counter()
         for index, sequence in enumerate(sequences):
-            if fault := self._fault_of(sequence):
+            if fault := fault_of(sequence, self._vocabulary):
                 raise EngineError(f"engine {self.name!r}: sequence {index} to score {fault}")
         try:
             replies = self._server.post("/generate", score_body(sequences, f"score#{next(self._numbers)}"))

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_pbsd.ports import free_near, is_free
 from megatron_pbsd.rollout.engines.protocol import EngineDied, EngineError
 from megatron_pbsd.rollout.engines.sglang import keeper
 from megatron_pbsd.rollout.engines.sglang.client import Client, Refused, Unreachable
@@ -73,9 +74,9 @@ class Server:
                 probe.bind(("127.0.0.1", 0))
                 return probe.getsockname()[1]
         if not is_free(self._launch.port):
-            free = next(port for port in range(self._launch.port + 1, 65536) if is_free(port))
             raise EngineError(
-                f"engine {self.name!r}: port {self._launch.port} is taken by another process; {free} is free "
+                f"engine {self.name!r}: port {self._launch.port} is taken by another process; "
+                f"{free_near(self._launch.port)} is free "
                 "(rollout.sglang.port is that of the first engine; null takes any free ones)")
         return self._launch.port
 
@@ -165,16 +166,6 @@ class Server:
         """Ends all of its processes."""
         self._process.stdin.close()
         self._process.wait()
-
-
-def is_free(port: int) -> bool:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError:
-            return False
-    return True
 
 
 def sweep() -> None:
