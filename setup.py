@@ -17,14 +17,17 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     packages=find_packages(include=["megatron_pbsd*", "launcher*"]),
-    package_data={"megatron_pbsd.observability": ["*.css", "*.js"]},
+    package_data={"megatron_pbsd.observability": ["*.css", "*.js"],
+                  # By which SGLang finds its plug-in.
+                  "megatron_pbsd.rollout.engines.sglang.inside": ["*.dist-info/*"]},
     python_requires=">=3.11,<3.13",
     install_requires=[
         # 2.13.0 is what this project is tested with, and a CPU build; SGLang pins a later one.
         "torch>=2.13.0,<2.15",
         "megatron-core==0.16.1",
         "ray>=2.60,<2.61",
-        "transformers>=5.19,<6",
+        # Engines take its modules apart (rollout/engines/embedded/weights.py), which a later one may build otherwise.
+        "transformers>=5.19,<5.25",
         "tokenizers>=0.22,<1",
         "safetensors>=0.6,<1",
         "xxhash>=3.5,<5",
@@ -33,6 +36,7 @@ setup(
         "numba>=0.65,<1",
         "pydantic>=2.11,<3",
         "pyyaml>=6.0,<7",
+        "jinja2>=3.1,<4",
         "rich>=14,<16",
         "psutil>=6,<8",
         "bm25s>=0.3,<0.4",
@@ -49,8 +53,8 @@ setup(
         ],
         "wandb": ["wandb>=0.25,<1"],
         # The last two unpack a small model with real weights (launcher/smollm2.py).
-        "dev": ["pytest>=9,<10", "hypothesis>=6.150,<7", "import-linter>=2.5,<3", "ruff>=0.14,<1",
-                "wandb>=0.25,<1", "gguf>=0.19,<1", "accelerate>=1.10,<2"],
+        "dev": ["pytest>=9,<10", "pytest-xdist>=3.8,<4", "hypothesis>=6.150,<7", "import-linter>=2.5,<3",
+                "ruff>=0.14,<1", "wandb>=0.25,<1", "nvidia-ml-py>=13", "gguf>=0.19,<1", "accelerate>=1.10,<2"],
     },
     entry_points={"console_scripts": ["pbsd = launcher.cli:main"]},
 )

@@ -1,7 +1,7 @@
-"""`pbsd`: train, look at configurations, trajectories, reports and checkpoints, convert models, run benches.
+"""`pbsd`: train, submit, look at configurations, trajectories, reports and checkpoints, convert models, run benches.
 
 Only what a command needs is imported, so that `pbsd config check` answers at once. Exit codes: 0 done, 1 the run
-failed, 2 what was asked for is wrong, 130 interrupted, 143 terminated.
+failed, 2 what was asked for is wrong, 75 asked to stop and can be resumed, 130 interrupted, 143 terminated.
 """
 
 from __future__ import annotations
@@ -15,9 +15,16 @@ import traceback
 from collections.abc import Callable, Sequence
 
 from launcher.convert import add_commands
+from launcher.node.cli import add_command as add_node_command
+from launcher.preflight.arguments import add_arguments as add_preflight_arguments
+from launcher.slurm.cli import add_commands as add_slurm_commands
 from megatron_pbsd.errors import PbsdError, UsageError, did_you_mean
 
-DONE, FAILED, WRONG, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
+VALUED = {"simulate": ("--html",), "memory": ("--device",), "submit": ("--seeds",), "train": ("--ray-address",),
+          "plan": ("--gpus", "--gpu", "--gpus-per-node", "--mean-tokens", "--runners-up")}
+"""Options with a value, of commands that take overrides."""
+FLAGS = ("--resume", "--json", "--help", "--dry-run", "--wait")
+DONE, FAILED, WRONG, STOPPED, INTERRUPTED, TERMINATED = 0, 1, 2, 75, 130, 143
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -58,6 +65,8 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("config", metavar="CONFIG", help="YAML file")
     train.add_argument("--resume", nargs="?", metavar="CHECKPOINT",
                        help="continue from the run's newest checkpoint, or from this one: step_40, best")
+    train.add_argument("--ray-address", metavar="HOST:PORT", help="run on this Ray cluster, of which this machine is "
+                       "one (default: start one here)")
 
     judge = command(commands, "evaluate", "evaluate the policy at model.path, without a learner", _evaluate,
                     epilog=overrides)
@@ -102,11 +111,32 @@ def parser() -> argparse.ArgumentParser:
     reshard.add_argument("config", metavar="CONFIG", help="YAML file")
     reshard.add_argument("--json", action="store_true", help="print one line")
 
+    memory = command(commands, "memory", "show what a run will hold in memory, by phase and owner", _memory,
+                     epilog=overrides)
+    memory.add_argument("config", metavar="CONFIG", help="YAML file")
+    memory.add_argument("--device", choices=("cpu", "cuda"), help="what it runs on (default: what is here)")
+    memory.add_argument("--json", action="store_true", help="print one line")
+
+    plan = command(commands, "plan", "recommend a layout for a number of GPUs: memory by phase, time by part", _plan,
+                   epilog=overrides)
+    plan.add_argument("config", metavar="CONFIG", help="YAML file")
+    plan.add_argument("--gpus", type=int, help="how many, of learner and engines (default: the configuration's)")
+    plan.add_argument("--gpu", help="which, e.g. h100-80g (default: cluster.gpu)")
+    plan.add_argument("--gpus-per-node", type=int, help="that NVLink connects (default: the configuration's, or 8)")
+    plan.add_argument("--mean-tokens", type=int, help="that a trajectory generates (default: half of what it may)")
+    plan.add_argument("--runners-up", type=int, default=3, help="how many are shown (default: 3)")
+    plan.add_argument("--json", action="store_true", help="print one line")
+
     simulate = command(commands, "simulate", "compare rollout policies on a simulated cluster", _simulate,
                        epilog="Any key of the workload can be set on top, e.g. --requests.correlation 0.5 --seeds 1.")
     simulate.add_argument("workload", metavar="WORKLOAD", help="YAML file, see configs/workloads")
     simulate.add_argument("--json", action="store_true", help="print one line")
     simulate.add_argument("--html", metavar="FILE", help="also draw what the engines did")
+
+    add_slurm_commands(command, commands)
+    add_node_command(command, commands)
+    add_preflight_arguments(command(
+        commands, "preflight", "look whether this machine, or a job's nodes, are fit for a run", _preflight))
 
     bench = command(commands, "bench", "measure one part", _bench, epilog=overrides)
     bench.add_argument("name", metavar="NAME", help="a module of launcher/bench")
@@ -128,7 +158,8 @@ class _Parser(argparse.ArgumentParser):
 def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     """(command line, overrides). Of commands that read a configuration, every unknown `--flag` is an override."""
     command = " ".join(argv[:2] if argv[:1] == ["config"] else argv[:1])
-    if command not in ("train", "evaluate", "simulate", "bench", "reshard-plan", "config check", "config show"):
+    if command not in ("train", "evaluate", "simulate", "bench", "reshard-plan", "memory", "plan", "submit",
+                       "config check", "config show"):
         return list(argv), []
     rest, overrides, remaining = [], [], list(argv)
     while remaining:
@@ -136,12 +167,12 @@ def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
         if token == "--resume":
             chosen = remaining.pop(0) if remaining and _is_checkpoint(remaining[0], rest) else "latest"
             token = f"--resume={chosen}"
-        if not token.startswith("--") or token.partition("=")[0] in ("--resume", "--json", "--help"):
+        if not token.startswith("--") or token.partition("=")[0] in FLAGS:
             rest.append(token)
             continue
-        if command == "simulate" and token.partition("=")[0] == "--html":
-            rest += [token, *(remaining[:1] if token == "--html" else [])]
-            remaining = remaining[1:] if token == "--html" else remaining
+        if token.partition("=")[0] in VALUED.get(command, ()):
+            rest += [token, *([] if "=" in token else remaining[:1])]
+            remaining = remaining if "=" in token else remaining[1:]
             continue
         overrides.append(token)
         if "=" not in token and remaining and not remaining[0].startswith("--"):
@@ -158,19 +189,25 @@ def _is_checkpoint(token: str, before: Sequence[str]) -> bool:
 def _train(arguments: argparse.Namespace) -> int:
     from launcher.overrides import load_config
     from megatron_pbsd.observability.records import read_metrics
+    from megatron_pbsd.stopping import StopRequest
 
-    config = load_config(arguments.config, arguments.overrides)
+    config = load_config(arguments.config, arguments.overrides, to_run=True)
     if not arguments.resume and read_metrics(config.folder):
         raise UsageError(f"{config.folder} holds a run already: continue it with --resume, choose another --name, or "
                          "remove the folder")
     # What a scheduler sends before it kills: unwind as for Ctrl-C, so that no process stays behind.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
     try:
-        from megatron_pbsd.train import main as train
+        with StopRequest(config.folder).listening() as stop:
+            from megatron_pbsd.train import main as train
 
-        resume = arguments.resume
-        train(config, resume=f"step_{resume}" if resume and resume.isdigit() else resume)
+            resume = arguments.resume
+            done = train(config, f"step_{resume}" if resume and resume.isdigit() else resume, stop,
+                         arguments.ray_address)
         print(f"report: {config.folder / 'report.html'}")
+        if done < config.steps:
+            return _stop(STOPPED, f"stopped at step {done} of {config.steps}, as asked, with a checkpoint; continue "
+                                  f"with: pbsd train {arguments.config} --resume")
     except UsageError:
         raise
     except KeyboardInterrupt:
@@ -194,14 +231,16 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     from launcher.overrides import load_config
     from megatron_pbsd.evaluate import evaluate
 
-    print(json.dumps(evaluate(load_config(arguments.config, arguments.overrides))))
+    print(json.dumps(evaluate(load_config(arguments.config, arguments.overrides, to_run=True))))
 
 
 def _config_check(arguments: argparse.Namespace) -> None:
     from launcher.overrides import load_config
 
-    load_config(arguments.config, arguments.overrides)
-    print(f"{arguments.config}: valid")
+    model = load_config(arguments.config, arguments.overrides).model
+    elsewhere = model.shape is not None and not os.path.isdir(model.path)
+    print(f"{arguments.config}: valid" + (
+        f", with {model.shape} for model.path = {model.path}, which is not on this machine" if elsewhere else ""))
 
 
 def _config_show(arguments: argparse.Namespace) -> None:
@@ -267,6 +306,32 @@ def _reshard_plan(arguments: argparse.Namespace) -> None:
         print_summary(found)
 
 
+def _memory(arguments: argparse.Namespace) -> None:
+    import json
+
+    from launcher.memory import account_of, as_json, print_account
+
+    account = account_of(arguments.config, arguments.overrides, arguments.device)
+    if arguments.json:
+        print(json.dumps(as_json(account)))
+    else:
+        print_account(account)
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    import json
+
+    from launcher.plan import Options, as_json, plan, print_plan
+
+    found = plan(arguments.config, arguments.overrides, Options(
+        arguments.gpus, arguments.gpu, arguments.gpus_per_node, arguments.mean_tokens, arguments.runners_up))
+    if arguments.json:
+        print(json.dumps(as_json(found)))
+    else:
+        print_plan(found)
+    return FAILED if found.problems else DONE
+
+
 def _simulate(arguments: argparse.Namespace) -> None:
     import json
 
@@ -284,6 +349,12 @@ def _simulate(arguments: argparse.Namespace) -> None:
         from megatron_pbsd.simulation.picture import write_picture
 
         write_picture(experiment, arguments.html)
+
+
+def _preflight(arguments: argparse.Namespace) -> int:
+    from launcher.preflight.command import run
+
+    return run(arguments)
 
 
 def _bench(arguments: argparse.Namespace) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from math import prod
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -18,9 +18,9 @@ from megatron_pbsd.models import family
 from megatron_pbsd.models.decoder import Decoder, hf_tensors
 from megatron_pbsd.models.mapping import pieces
 from megatron_pbsd.models.parameters import coordinates, local_shape
-from megatron_pbsd.resharding.layouts import embedded_layout, learner_layout
-from megatron_pbsd.resharding.plan import make_plan
-from megatron_pbsd.resharding.stream import SLOTS, Buckets, Parcel, Receiver, Sender, overlapped, parcels
+from megatron_pbsd.resharding.arrival import Arrivals
+from megatron_pbsd.resharding.manifest import WeightsManifest
+from megatron_pbsd.resharding.stream import SLOTS, Bucket, Buckets, Parts, overlapped, plan_for
 
 PARALLEL = ParallelConfig(world_size=2, tp=2, ep=2)
 COPIED_BYTES = 256 << 20
@@ -35,14 +35,14 @@ class Publication:
     """Owns processes and shared memory while it is entered."""
 
     def __init__(self, config: dict[str, Any], bucket_bytes: int):
-        packed = _parcels(config, bucket_bytes)
-        self.count = len(packed)
-        self.nbytes = sum(parcel.transfer.nbytes for bucket in packed for parcel in bucket)
-        self._buckets = Buckets(packed)
-        self.bucket_bytes = self._buckets.nbytes
-        shared = self._buckets.segment, self._buckets.nbytes
-        self._ranks = [_Worker(_Rank, config, bucket_bytes, rank, *shared) for rank in range(PARALLEL.world_size)]
-        self._engine = _Worker(_Engine, config, bucket_bytes, *shared)
+        decoder = family(config).decoder(config)
+        tensors = {name: ("float32", shape) for name, shape in hf_tensors(decoder).items()}
+        self._buckets = Buckets(plan_for(decoder, PARALLEL, tensors, bucket_bytes))
+        buckets = self._buckets.buckets
+        self.count, self.bucket_bytes = len(buckets), self._buckets.nbytes
+        self.nbytes = sum(bucket.nbytes for bucket in buckets)
+        self._ranks = [_Worker(_Rank, config, buckets, rank) for rank in range(PARALLEL.world_size)]
+        self._engine = _Worker(_Engine, config, [bucket.manifest for bucket in buckets])
         self._copier = _Worker(_Copier)
 
     def __enter__(self) -> Publication:
@@ -141,27 +141,28 @@ class _Watched:
 
 
 class _Rank(_Watched):
-    def __init__(self, config: dict[str, Any], bucket_bytes: int, rank: int, segment: str, nbytes: int):
+    def __init__(self, config: dict[str, Any], buckets: Sequence[Bucket], rank: int):
         decoder = family(config).decoder(config)
         parameters = {}
         for name, parts in pieces(decoder, PARALLEL, coordinates(PARALLEL, rank), 0).items():
             tensor = parameters[0, name] = torch.zeros(local_shape(parts))
             for piece in parts:
                 tensor[piece.local_index] = _value(decoder, piece.hf_name)[piece.hf_index]
-        self._sender = Sender(_parcels(config, bucket_bytes), rank, parameters, segment, nbytes)
+        self._parts = Parts(buckets, rank, parameters)
 
     def gather(self, number: int) -> None:
-        self._sender.gather(number)
+        self._parts.gather(number)
 
 
 class _Engine(_Watched):
-    def __init__(self, config: dict[str, Any], bucket_bytes: int, segment: str, nbytes: int):
+    def __init__(self, config: dict[str, Any], manifests: Sequence[WeightsManifest]):
         self._decoder = family(config).decoder(config)
         self._parameters = {name: torch.full(shape, torch.nan) for name, shape in hf_tensors(self._decoder).items()}
-        self._receiver = Receiver(_parcels(config, bucket_bytes), self._parameters, segment, nbytes)
+        self._manifests, self._arrivals = manifests, Arrivals(torch.device("cpu"))
 
     def load(self, number: int) -> None:
-        self._receiver.load(number)
+        for name, tensor in self._arrivals.tensors(self._manifests[number]).items():
+            self._parameters[name].copy_(tensor)
 
     def wrong(self) -> list[str]:
         return [name for name, tensor in self._parameters.items()
@@ -180,14 +181,6 @@ class _Copier(_Watched):
             self._target.copy_(self._source)
         took = time.perf_counter() - started, time.process_time() - working
         return Took(*(seconds / (times * COPIED_BYTES) for seconds in took))
-
-
-def _parcels(config: dict[str, Any], bucket_bytes: int) -> list[list[Parcel]]:
-    decoder = family(config).decoder(config)
-    plan = make_plan(
-        learner_layout(decoder, PARALLEL), embedded_layout(decoder, 1, device=PARALLEL.world_size),
-        source_dtype="float32", target_dtype="float32", devices_per_node=8, bucket_bytes=bucket_bytes)
-    return parcels(plan, target=0)
 
 
 def _value(decoder: Decoder, name: str) -> torch.Tensor:

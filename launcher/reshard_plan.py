@@ -14,28 +14,29 @@ from launcher.overrides import load_config
 from launcher.sources import ConfigError, Problem, Settings, apply_overrides
 from megatron_pbsd.config import RunConfig
 from megatron_pbsd.config.section import Positive, PositiveInt, Section
-from megatron_pbsd.models import family, hf_config, sglang
+from megatron_pbsd.models import family, sglang
 from megatron_pbsd.models.decoder import Decoder, hf_tensors
 from megatron_pbsd.models.errors import ModelError
 from megatron_pbsd.models.sglang import ServerParallel
+from megatron_pbsd.models.shape import config_of
 from megatron_pbsd.resharding.layouts import Layout, embedded_layout, learner_layout, server_layout
 from megatron_pbsd.resharding.plan import Link, Plan, make_plan
 from megatron_pbsd.resharding.wire import FLOAT8, cut_blocks
 
 
 class TargetConfig(Section):
-    """The engines."""
+    """The engines. What is null is as configured."""
 
-    engine: Literal["embedded", "sglang"] = "embedded"
-    """`embedded` engines have every tensor whole."""
+    engine: Literal["embedded", "sglang"] | None = None
+    """rollout.engine; `embedded` engines have every tensor whole."""
     engines: PositiveInt | None = None
     """How many; null: rollout.engines, and of SGLang servers on the learner's GPUs as many as there is room for."""
-    tp: PositiveInt = 1
-    """SGLang's --tp-size."""
-    ep: PositiveInt = 1
-    """SGLang's --ep-size."""
-    pp: PositiveInt = 1
-    """SGLang's --pp-size."""
+    tp: PositiveInt | None = None
+    """SGLang's --tp-size; rollout.sglang.args.tp_size."""
+    ep: PositiveInt | None = None
+    """SGLang's --ep-size; rollout.sglang.args.ep_size."""
+    pp: PositiveInt | None = None
+    """SGLang's --pp-size; rollout.sglang.args.pp_size."""
     dp_attention: PositiveInt = 1
     """SGLang's --dp-size with --enable-dp-attention."""
     dtype: Literal["auto", "float32", "bfloat16", "float16", "float8_e4m3fn"] = "auto"
@@ -99,22 +100,30 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Asked:
         problems += error.problems
     if config is None or options is None:
         raise ConfigError(path, problems)
+    asked = _completed(options.target, config)
     decoder, source, target = None, None, None
     try:
-        hf = hf_config.read(config.model.path)
+        hf = config_of(config.model)
         found = family(hf)
         decoder = found.decoder(hf)
         messages = found.layout_problems(hf, config.learner.parallel)
         if not messages:
             source = learner_layout(decoder, config.learner.parallel)
-        target, more = _target(decoder, config, options.target)
+        target, more = _target(decoder, config, asked)
         messages += more
     except ModelError as error:
         messages = [f"model.path = {config.model.path}: {error}"]
     problems += [Problem("", message, "", "") for message in messages]
     if problems or decoder is None or source is None or target is None:
         raise ConfigError(path, problems)
-    return Asked(config, decoder, options.target, options.links, source, target)
+    return Asked(config, decoder, asked, options.links, source, target)
+
+
+def _completed(target: TargetConfig, config: RunConfig) -> TargetConfig:
+    engine = target.engine or config.rollout.engine
+    configured = sglang.server_of(config.rollout.sglang.args if engine == "sglang" else {})
+    return target.model_copy(update={
+        "engine": engine, **{key: getattr(target, key) or getattr(configured, key) for key in ("tp", "ep", "pp")}})
 
 
 def _target(decoder: Decoder, config: RunConfig, target: TargetConfig) -> tuple[Layout | None, list[str]]:

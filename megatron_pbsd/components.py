@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
-import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from megatron_pbsd import credit, losses, summary
 from megatron_pbsd.checkpointing.errors import CheckpointError
@@ -21,144 +19,43 @@ from megatron_pbsd.checkpointing.manifest import Contents
 from megatron_pbsd.checkpointing.retention import unknown
 from megatron_pbsd.checkpointing.store import CheckpointStore, complete
 from megatron_pbsd.checkpointing.torch_dist import writer_name
-from megatron_pbsd.config import RunConfig
-from megatron_pbsd.controller.failures import ComponentDied
+from megatron_pbsd.config import RunConfig, SpeculationConfig
+from megatron_pbsd.controller.placement import Demand
 from megatron_pbsd.controller.runtime import Handle, Runtime, open_runtime
 from megatron_pbsd.environments import Environment, build_environment
 from megatron_pbsd.errors import UsageError
+from megatron_pbsd.handover import HandOver
 from megatron_pbsd.learner.group import LearnerGroup
+from megatron_pbsd.memory_account import predict
+from megatron_pbsd.memory_meter import MemoryMeter
+from megatron_pbsd.models import family
+from megatron_pbsd.models.hf_config import read
 from megatron_pbsd.observability.recorder import Recorder
-from megatron_pbsd.observability.records import TRAJECTORIES
-from megatron_pbsd.prompts import Stream, evaluation_requests, position
+from megatron_pbsd.platform import select
+from megatron_pbsd.prompts import evaluation_requests, position
+from megatron_pbsd.resharding.broadcast import CollectiveTransport
+from megatron_pbsd.resharding.disk import DiskTransport
+from megatron_pbsd.resharding.ipc import IPCTransport
 from megatron_pbsd.resharding.publication import Publisher
-from megatron_pbsd.resharding.shared_memory import SharedFolder
+from megatron_pbsd.resharding.stream import plan_for
+from megatron_pbsd.resharding.transport import BucketsTransport, SegmentTransport, Transport
 from megatron_pbsd.resume import Start, carried_file, find_start, leaving_weights
-from megatron_pbsd.rollout.coordinator import CollectStatistics, build_coordinator
+from megatron_pbsd.rollout.coordinator import build_coordinator
 from megatron_pbsd.rollout.engine_group import EngineGroup
 from megatron_pbsd.rollout.engines.embedded.kv_pool import PoolPlace
 from megatron_pbsd.rollout.engines.host import EngineHost
 from megatron_pbsd.rollout.engines.protocol import Engine
-from megatron_pbsd.rollout.request import RolloutRequest, Started
-from megatron_pbsd.rollout.sink import read_trajectories, taken_up
-from megatron_pbsd.trajectory import Group, Trajectory
+from megatron_pbsd.rollout.engines.sglang.arguments import ranks
+from megatron_pbsd.rollouts import Rollout
+from megatron_pbsd.trajectory import Group
 
 if TYPE_CHECKING:
     from megatron_pbsd.learner.learner import Learner
+    from megatron_pbsd.rollout.engines.sglang.member import Member
 
 PROBE_SEQUENCES = 4
 EXPORTED = "exported"
-POLL_S = 0.5
-
-
-class Rollout:
-    """The coordinator as the driver sees it: blocks until the groups are there, and shows progress meanwhile.
-
-    publisher: whose weights the engines have.
-    """
-
-    def __init__(self, runtime: Runtime, coordinator: Handle, config: RunConfig, recorder: Recorder,
-                 publisher: Publisher, engines: EngineGroup):
-        self._runtime, self._coordinator, self._config, self._recorder = runtime, coordinator, config, recorder
-        self._publisher, self._engines = publisher, engines
-        self._restarts = config.rollout.engine_restarts
-        self._deaths = 0
-        self._taken_up: list[Trajectory] = []
-        self.stream = Stream()
-        """Where the run is in its prompts if it goes on from the weights that the engines have."""
-
-    def collect(self, requests: Sequence[RolloutRequest], step: int, *, temperature: float | None = None,
-                kind: str = "step", attempt: int = 0, carried: Sequence[Started] = (),
-                wanted: int | None = None) -> Collected:
-        """Unscored groups in the order of `carried` and `requests`, and what the engines did. carried, wanted: see
-        `Coordinator.collect`.
-
-        Finished trajectories are in `trajectories/<kind>_<step>.unscored.jsonl` until a rollout begins that is not a
-        further attempt of the same step. What a run that died had finished of this rollout, with the same weights, is
-        not generated again.
-        """
-        sink = self._recorder.folder / TRAJECTORIES / f"{kind}_{step:06d}.unscored.jsonl"
-        sampling = {
-            "seed": self._config.seed,
-            "routed_experts": self._config.learner.moe.routing_replay and kind == "step",
-            "temperature": self._config.rollout.temperature if temperature is None else temperature}
-        if attempt == 0:
-            self.discard_unscored(but=sink.stem)
-            self._taken_up = taken_up(sink, self._origin(sampling))
-        arguments = {"step": step, "sink": sink.resolve(), "carried": carried, "wanted": wanted, **sampling}
-        groups = self._collect(requests, finished=self._taken_up, **arguments)
-        while groups is None:
-            groups = self._collect(requests, finished=read_trajectories(sink), **arguments)
-        statistics = self._runtime.result(self._coordinator.call("statistics"))
-        for span in statistics.spans:
-            self._recorder.lane(span.engine, kind, span.start_ns, span.end_ns, step=step, chunks=span.chunks)
-        left = self._runtime.result(self._coordinator.call("left"))
-        return Collected(groups, statistics, left)
-
-    def _collect(self, requests: Sequence[RolloutRequest], **arguments: Any) -> list[Group] | None:
-        """Engines that die in it are started anew; None when that was so of all."""
-        call, done = self._coordinator.call("collect", requests, **arguments), []
-        while not done:
-            # The coordinator has a deadline for each engine call; here only its own death can be news, and engines'.
-            done, _ = self._runtime.wait([call], timeout=POLL_S)
-            progress = self._runtime.result(self._coordinator.observe("progress"))
-            self._recorder.rollout_progress(progress.finished, progress.total)
-            for death in progress.deaths[self._deaths:]:
-                self._restart(death)
-            self._deaths = len(progress.deaths)
-        try:
-            return self._runtime.result(call)
-        except ComponentDied as death:
-            if death.name not in self._engines.names:
-                raise
-            return None
-
-    def publish(self, version: int, stream: Stream) -> dict[str, float]:
-        """See `Publisher.publish`. Engines that have died since the last rollout, or hang, are started anew. stream:
-        where the run is in its prompts."""
-        while True:
-            try:
-                metrics = self._publisher.publish(version)
-                self.stream = stream
-                return metrics
-            except ComponentDied as death:
-                if death.name not in self._engines.names:
-                    raise
-                self._restart(death, restore=False)
-
-    def _restart(self, death: ComponentDied, restore: bool = True) -> None:
-        """Raises `death` when there have been too many. restore: give the engine the weights that the others have."""
-        if not self._restarts:
-            raise death
-        self._restarts -= 1
-        print(f"pbsd: {death.name} died: {death.cause}\npbsd: it is started anew, which may happen "
-              f"{self._restarts} more times (rollout.engine_restarts)", file=sys.stderr)
-        try:
-            handle = self._engines.restart(death.name)
-            if restore:
-                self._publisher.restore(death.name)
-        except ComponentDied as again:
-            return self._restart(again, restore)
-        self._runtime.result(self._coordinator.observe("join", handle))
-
-    def _origin(self, sampling: Mapping[str, Any]) -> str:
-        """All that decides how trajectories turn out, besides their prompts, which they have with them."""
-        limits = self._config.rollout.model_dump(include={"max_turns", "max_turn_tokens", "max_context"})
-        return json.dumps({"weights": self._publisher.published.digest, **sampling, **limits,
-                           "environment": self._config.environment.model_dump(mode="json")}, sort_keys=True)
-
-    def discard_unscored(self, but: str = "") -> None:
-        """What the last rollout wrote has since been recorded with its scores."""
-        for path in (self._recorder.folder / TRAJECTORIES).glob("*.unscored.*"):
-            if path.stem != but:
-                path.unlink()
-
-
-class Collected(NamedTuple):
-    """groups: that are complete. left: what `Coordinator.left` has."""
-
-    groups: list[Group]
-    statistics: CollectStatistics
-    left: Sequence[Started] = ()
+REFERENCE, DRIVER = "reference", "the driver"
 
 
 @dataclass
@@ -172,6 +69,8 @@ class Components:
     learner: LearnerGroup
     publisher: Publisher
     rollout: Rollout
+    hand_over: HandOver
+    meter: MemoryMeter
     reference: EngineGroup | None
     checkpoints: CheckpointStore
     start: Start
@@ -180,16 +79,6 @@ class Components:
         splits = {self.config.environment.train_split, self.config.evaluation.split}
         self.stream = self.start.stream
         self._tasks = {task.task_id: task for split in splits for task in self.environment.tasks(split)}
-
-    @contextmanager
-    def engines_alone(self) -> Iterator[None]:
-        """The learner gives its device memory away meanwhile, if the configuration says so."""
-        if not self.config.learner.release_memory:
-            yield
-            return
-        self.learner.release("the rollout")
-        yield
-        self.learner.regain()
 
     def reward(self, groups: Sequence[Group]) -> list[Group]:
         """Verify every trajectory's answer."""
@@ -216,6 +105,7 @@ class Components:
     def save(self, step: int, metrics: Mapping[str, float]) -> None:
         """Begin a checkpoint to resume from; in the background it is committed, and exported in Hugging Face format.
         What fails there is raised by `check`, the next `save` or the end of the run."""
+        self.hand_over.save()
         # Parameters and two Adam moments; the estimate only has to catch a disk that cannot hold it.
         needed = 3 * int(self.publisher.nbytes)
         layout = self.config.learner.parallel.model_dump()
@@ -264,9 +154,9 @@ def score(environment: Environment, groups: Sequence[Group], tasks: dict) -> lis
 
 
 @contextmanager
-def build(config: RunConfig, resume: str | None) -> Iterator[Components]:
+def build(config: RunConfig, resume: str | None, ray_address: str | None = None) -> Iterator[Components]:
     """All components of a run, whose records go to `<runs>/<name>`. `resume`: the checkpoint to continue from, None for
-    a new run; the newest one need not exist."""
+    a new run; the newest one need not exist. ray_address: of a Ray cluster to run on, None for one of its own."""
     check_engines(config)
     folder = config.folder
     with ExitStack() as stack:
@@ -276,9 +166,11 @@ def build(config: RunConfig, resume: str | None) -> Iterator[Components]:
         start = find_start(checkpoints, config, resume)
         first_row = start.done + 1 if start.done else 0
         recorder = stack.enter_context(Recorder(folder, config.observability, config, first_row))
-        runtime = stack.enter_context(open_runtime(config.runtime, config.folder / "logs", config.ray_port))
-        kv_pool = stack.enter_context(SharedFolder())
-        learner, engines = start_learner(runtime, config), start_engines(runtime, config, kv_pool, folder / "logs")
+        runtime = stack.enter_context(
+            open_runtime(config.runtime, folder / "logs", config.ray_port, ray_address, demand(config)))
+        check_machines(config, runtime)
+        check_transport(config, runtime)
+        learner, engines = start_learner(runtime, config), start_engines(runtime, config, folder / "logs")
         reference = start_reference(runtime, config)
         coordinator = start_coordinator(runtime, config, engines)
         environment = build_environment(config.environment, config.model.path)
@@ -290,14 +182,57 @@ def build(config: RunConfig, resume: str | None) -> Iterator[Components]:
             learner.load(str((start.checkpoint / LEARNER).resolve()))
         if start.recovered is not None:
             learner.replace_weights(str(start.recovered.resolve()), (start.done - start.saved) * _updates(config))
-        publisher = Publisher(learner, engines, _probe(environment, config), config.rollout.probe_tolerance)
+        meter = MemoryMeter(predict(config, select()), (learner, engines))
+        hand_over = HandOver(learner, engines, config, meter.leaving)
+        publisher = Publisher(build_transport(config, learner, engines), learner, engines,
+                              _probe(environment, config), config.rollout.probe_tolerance, hand_over.rollout)
         stack.callback(publisher.close)
-        rollout = Rollout(runtime, coordinator, config, recorder, publisher, engines)
+        rollout = Rollout(runtime, coordinator, config, recorder, publisher, engines, hand_over)
         stack.enter_context(leaving_weights(publisher, checkpoints.folder, config, lambda: rollout.stream))
-        yield Components(config, recorder, environment, learner, publisher, rollout, reference, checkpoints, start)
+        yield Components(config, recorder, environment, learner, publisher, rollout, hand_over, meter, reference,
+                         checkpoints, start)
         learner.saved()
         checkpoints.finish()
         rollout.discard_unscored()
+
+
+def demand(config: RunConfig) -> Demand:
+    """What is spread over the machines of a cluster."""
+    size = ranks(config.rollout.sglang) if config.rollout.engine == "sglang" else 1
+    engines = {f"engine-{number}": size for number in range(config.rollout.engines)}
+    asked = config.rollout.sglang.args.get("nnodes")
+    machines = {} if asked is None else dict.fromkeys(engines, asked)
+    if needs_reference(config):
+        engines[REFERENCE] = 1
+    parallel = config.learner.parallel
+    return Demand(parallel.world_size, parallel.tp, engines, config.learner.release_memory, machines)
+
+
+def check_machines(config: RunConfig, runtime: Runtime) -> None:
+    """UsageError when engines are to be on more machines than there are: without a cluster there is one."""
+    asked, there = config.rollout.sglang.args.get("nnodes", 1), len(runtime.parts("engine-0"))
+    if asked != there and asked > 1:
+        raise UsageError(
+            f"rollout.sglang.args.nnodes = {asked} wants each engine on {asked} machines, and there is one: the "
+            "nearest valid value is 1, or start on a cluster (--ray-address, cluster.nodes)")
+
+
+def check_transport(config: RunConfig, runtime: Runtime) -> None:
+    """UsageError when new weights cannot get to the engines because they are on other machines."""
+    kind, learner = config.rollout.transport.kind, [
+        f"learner-{rank}" for rank in range(config.learner.parallel.world_size)]
+    engines = [part for number in range(config.rollout.engines) for part in runtime.parts(f"engine-{number}")]
+    if kind not in ("segment", "buckets", "ipc"):
+        return
+    names = [learner[0], *engines] if kind == "ipc" else [DRIVER, *learner, *engines]
+    machines = {name: runtime.machine(name) for name in names}
+    home = machines[names[0]]
+    away = [f"{name} on {machine.name}" for name, machine in machines.items() if machine.address != home.address]
+    if away:
+        raise UsageError(
+            f"rollout.transport.kind = {kind!r} is between processes of one machine, but {names[0]} is on {home.name} "
+            f"and {', '.join(away)}; the nearest valid value is 'collective', or 'disk' with a folder that all "
+            "machines share")
 
 
 def start_learner(runtime: Runtime, config: RunConfig) -> LearnerGroup:
@@ -323,20 +258,44 @@ def build_learner(rank: int, rendezvous: str, **arguments: Any) -> Learner:
     return Learner(rank, rendezvous, **arguments)
 
 
-def start_engines(runtime: Runtime, config: RunConfig, kv_pool: SharedFolder, logs: Path) -> EngineGroup:
-    """kv_pool: where embedded engines park KV. logs: of servers."""
+def start_engines(runtime: Runtime, config: RunConfig, logs: Path) -> EngineGroup:
+    """logs: of servers."""
     rollout, load_weights = config.rollout, config.model.initial_weights == "load"
     if rollout.engine == "sglang":
         return EngineGroup.spawn(
             runtime, start_sglang, count=rollout.engines,
             deadline_s=max(rollout.deadline_s, rollout.sglang.start_deadline_s), model_path=config.model.path,
             config=rollout, logs=str(logs.resolve()), load_weights=load_weights,
-            routed_experts=config.learner.moe.routing_replay)
+            routed_experts=config.learner.moe.routing_replay, by_machine=lambda machine: {"device": machine.device},
+            member=start_member)
     return EngineGroup.spawn(
         runtime, build_engine, count=rollout.engines, deadline_s=rollout.deadline_s, model_path=config.model.path,
         slots=rollout.slots, max_context=rollout.max_context, load_weights=load_weights,
-        kv_pool=PoolPlace(kv_pool.path, rollout.kv_pool_mb * 2**20, shared=rollout.divides),
-        longest_draft=rollout.speculation.max_draft_tokens if rollout.speculation.enabled else None)
+        speculation=rollout.speculation, by_machine=lambda machine: {
+            "kv_pool": PoolPlace(machine.memory_folder(), rollout.kv_pool_mb * 2**20, shared=rollout.divides)})
+
+
+def build_transport(config: RunConfig, learner: LearnerGroup, engines: EngineGroup) -> Transport:
+    """Between these; both have been constructed."""
+    chosen, hf = config.rollout.transport, read(config.model.path)
+    decoder = family(hf).decoder(hf)
+    plan = plan_for(decoder, config.learner.parallel, learner.tensors(),
+                    None if chosen.kind == "segment" else chosen.bucket_mb << 20)
+    if chosen.kind == "segment":
+        return SegmentTransport(learner, engines, plan)
+    if chosen.kind == "buckets":
+        return BucketsTransport(learner, engines, plan)
+    sglang = config.rollout.engine == "sglang"
+    size = ranks(config.rollout.sglang) if sglang else 1
+    if chosen.kind == "ipc":
+        return IPCTransport(learner, engines, plan, engine_ranks=size)
+    if chosen.kind == "collective":
+        backend = "nccl" if sglang and config.rollout.sglang.args.get("device") != "cpu" else "gloo"
+        return CollectiveTransport(
+            learner, engines, plan, decoder=decoder, engine_ranks=size, meeting_point=learner.meeting_point,
+            deadline_s=config.rollout.deadline_s / 2, backend=backend)
+    folder = Path(chosen.folder) if chosen.folder else config.folder / "weights"
+    return DiskTransport(learner, engines, plan, folder.resolve(), chosen.deltas)
 
 
 def check_engines(config: RunConfig) -> None:
@@ -349,24 +308,29 @@ def check_engines(config: RunConfig) -> None:
         raise UsageError("\n".join(found))
 
 
+def needs_reference(config: RunConfig) -> bool:
+    return config.algorithm.name != "sft" and "reference" in credit.plan_of(config, on_policy=False).passes
+
+
 def start_reference(runtime: Runtime, config: RunConfig) -> EngineGroup | None:
     """The model that the run started from, as an engine that is never given other weights."""
-    if config.algorithm.name == "sft" or "reference" not in credit.plan_of(config, on_policy=False).passes:
+    if not needs_reference(config):
         return None
     handle = runtime.spawn(
-        "reference", EngineHost, build_engine, name="reference", model_path=config.model.path, slots=1,
+        REFERENCE, EngineHost, build_engine, name=REFERENCE, model_path=config.model.path, slots=1,
         max_context=config.rollout.max_context)
     return EngineGroup(runtime, [handle], config.rollout.deadline_s)
 
 
-def build_engine(longest_draft: int | None = None, device: str = "cpu", **arguments: Any) -> Engine:
-    """In the engine's own process: the driver never imports transformers. longest_draft: None does not speculate."""
+def build_engine(speculation: SpeculationConfig | None = None, device: str = "cpu", **arguments: Any) -> Engine:
+    """In the engine's own process: the driver never imports transformers. speculation: None is as if not enabled."""
     from megatron_pbsd.rollout.engines.embedded.engine import EmbeddedEngine
 
-    if longest_draft is not None:
+    if speculation is not None and speculation.enabled:
         from megatron_pbsd.rollout.engines.embedded.speculation import Speculation, clock_of
 
-        arguments["speculation"] = Speculation(longest_draft, clock=clock_of(device))
+        arguments["speculation"] = Speculation(
+            speculation.max_draft_tokens, speculation.paths, clock=clock_of(device))
     return EmbeddedEngine(device=device, **arguments)
 
 
@@ -375,6 +339,13 @@ def start_sglang(**arguments: Any) -> Engine:
     from megatron_pbsd.rollout.engines.sglang.build import build_sglang_engine
 
     return build_sglang_engine(**arguments)
+
+
+def start_member(**arguments: Any) -> Member:
+    """In a process of its own on a further machine of an engine."""
+    from megatron_pbsd.rollout.engines.sglang.build import build_member
+
+    return build_member(**arguments)
 
 
 def start_coordinator(runtime: Runtime, config: RunConfig, engines: EngineGroup) -> Handle:

@@ -11,7 +11,6 @@ from megatron_pbsd.config import RunConfig
 from megatron_pbsd.controller.runtime import open_runtime
 from megatron_pbsd.environments import build_environment
 from megatron_pbsd.prompts import evaluation_requests
-from megatron_pbsd.resharding.shared_memory import SharedFolder
 
 
 def evaluate(config: RunConfig) -> dict[str, float]:
@@ -20,8 +19,8 @@ def evaluate(config: RunConfig) -> dict[str, float]:
     environment = build_environment(config.environment, config.model.path)
     tasks = environment.tasks(config.evaluation.split)
     with tempfile.TemporaryDirectory(prefix="pbsd-evaluate-") as folder:
-        with SharedFolder() as kv_pool, open_runtime(config.runtime, Path(folder), config.ray_port) as runtime:
-            coordinator = start_coordinator(runtime, config, start_engines(runtime, config, kv_pool, Path(folder)))
+        with open_runtime(config.runtime, Path(folder), config.ray_port) as runtime:
+            coordinator = start_coordinator(runtime, config, start_engines(runtime, config, Path(folder)))
             groups = runtime.result(coordinator.call(
                 "collect", evaluation_requests(tasks, config), step=0, seed=config.seed,
                 temperature=config.evaluation.temperature))

@@ -18,31 +18,37 @@ from functools import partial
 
 from megatron_pbsd import credit, staleness, summary
 from megatron_pbsd.batch import from_trajectories
-from megatron_pbsd.components import Collected, Components, build
+from megatron_pbsd.components import Components, build
 from megatron_pbsd.config import RunConfig
 from megatron_pbsd.environments.search_qa.demonstrations import Demonstrator
 from megatron_pbsd.prompts import Stream, informative, mini_batches, per_step, requests
 from megatron_pbsd.rollout.request import Started
+from megatron_pbsd.rollouts import Collected
+from megatron_pbsd.stopping import StopRequest
 from megatron_pbsd.trajectory import Group
 
 
-def main(config: RunConfig, resume: str | None = None) -> None:
-    """Run `config` to its last step, from the checkpoint `resume` (`step_40`, `latest`, `best`) if given.
+def main(config: RunConfig, resume: str | None, stop: StopRequest, ray_address: str | None = None) -> int:
+    """Run `config` to its last step, from the checkpoint `resume` (`step_40`, `latest`, `best`) if given, or to the end
+    of the step in which `stop` asks, with a checkpoint then. The last step that is done.
+
+    ray_address: 'host:port' of a Ray cluster to run on; None starts one on this machine.
 
     Failures derive from `errors.PbsdError` and name the component at fault.
     """
     train = train_supervised if config.algorithm.name == "sft" else train_with_rewards
-    with build(config, resume) as run:
-        train(run)
+    with build(config, resume, ray_address) as run:
+        return train(run, stop)
 
 
-def train_with_rewards(run: Components) -> None:
-    config, recorder = run.config, run.recorder
+def train_with_rewards(run: Components, stop: StopRequest) -> int:
+    config, recorder, step = run.config, run.recorder, run.start.done
     start(run)
     for step in range(run.start.done + 1, config.steps + 1):
         groups, others, left, metrics = roll_out(config, partial(ask_prompts, run, step))
         metrics |= age(run, step, groups, left)
         with recorder.phase("log_probs"):
+            run.hand_over.train()
             plan = credit.plan_for(config, groups, version=step - 1)
             batch, credited = credit.prepare(plan, groups, run.learner, run.reference)
         with recorder.phase("train"):
@@ -51,7 +57,9 @@ def train_with_rewards(run: Components) -> None:
             metrics |= summary.of_updates([update.metrics for update in updates])
         groups, credit_metrics = credit.conclude(plan, groups, batch, credited, updates)
         recorder.trajectories(step, groups + others, run.environment.decode)
-        finish(run, step, metrics | credit_metrics, run.stream.after(config, left))
+        if finish(run, step, metrics | credit_metrics, run.stream.after(config, left), stop):
+            break
+    return step
 
 
 def roll_out(
@@ -83,7 +91,7 @@ def ask_prompts(run: Components, step: int, attempt: int) -> Collected:
     """Rollout `attempt` of a training step, verified. With over-sampling it ends before all groups are complete."""
     config = run.config.rollout
     tasks = run.environment.tasks(run.config.environment.train_split)
-    with run.recorder.phase("rollout"), run.engines_alone():
+    with run.recorder.phase("rollout"):
         prompts = requests(run.environment, tasks, run.config, run.stream, attempt)
         collected = run.rollout.collect(prompts, step, attempt=attempt, carried=run.stream.carried,
                                         wanted=config.prompts_per_step if config.over_sampling > 1 else None)
@@ -100,17 +108,20 @@ def age(run: Components, step: int, groups: list[Group], left: list[Started]) ->
     return staleness.metrics(config, stream, per_step(run.config, len(stream.carried)), groups, left, step - 1)
 
 
-def train_supervised(run: Components) -> None:
-    config, recorder = run.config, run.recorder
+def train_supervised(run: Components, stop: StopRequest) -> int:
+    config, recorder, step = run.config, run.recorder, run.start.done
     demonstrator = Demonstrator(run.environment, config.algorithm, config.environment.train_split, config.seed)
     size = config.algorithm.sequences_per_step
     start(run)
     for step in range(run.start.done + 1, config.steps + 1):
         with recorder.phase("train"):
+            run.hand_over.train()
             first = run.stream.asked
             batch = from_trajectories([demonstrator.demonstration(first + i) for i in range(size)])
             metrics = run.learner.step(batch).metrics
-        finish(run, step, metrics, run.stream.after(config))
+        if finish(run, step, metrics, run.stream.after(config), stop):
+            break
+    return step
 
 
 def start(run: Components) -> None:
@@ -121,25 +132,29 @@ def start(run: Components) -> None:
         run.recorder.log(0, metrics | run.evaluate(0) if run.config.evaluation.at_start else metrics)
 
 
-def finish(run: Components, step: int, metrics: dict[str, float], stream: Stream) -> None:
-    """Publish the step's weights, evaluate and save where that is due, and write the step's row.
+def finish(run: Components, step: int, metrics: dict[str, float], stream: Stream, stop: StopRequest) -> bool:
+    """Publish the step's weights, evaluate and save where that is due, and write the step's row. Whether the run has
+    been asked to end here, with all that is needed to go on saved.
 
     stream: where the step leaves the run in its prompts.
     """
     run.stream = stream
     config, recorder = run.config, run.recorder
     metrics |= run.start.metrics(step)
-    evaluating, saving = is_due(step, config.evaluation.every, config), is_due(step, config.checkpoint.every, config)
+    evaluating, stopping = is_due(step, config.evaluation.every, config), bool(stop)
+    saving = stopping or is_due(step, config.checkpoint.every, config)
     if config.algorithm.name != "sft" or evaluating:
         with recorder.phase("weights"):
             metrics |= run.rollout.publish(step, stream)
     if evaluating:
         metrics |= run.evaluate(step)
+    metrics |= run.meter.metrics()
     run.check(metrics, evaluating)
     if saving:
         with recorder.phase("checkpoint"):
             run.save(step, metrics)
     recorder.log(step, metrics)
+    return stopping
 
 
 def is_due(step: int, every: int, config: RunConfig) -> bool:

@@ -11,6 +11,21 @@ settings.register_profile("no deadline", deadline=None)
 settings.load_profile("no deadline")
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """File by file, but one after the other what needs many processes: two pools of ranks, or two whole runs at a time,
+    would only wait for each other."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            file = nodeid.partition("::")[0]
+            return next((folder for folder in ("tests/distributed/", "tests/end_to_end/") if file.startswith(folder)),
+                        file)
+
+    return ByFile(config, log)
+
+
 @pytest.fixture(scope="session")
 def ray_runtime(tmp_path_factory):
     """One cluster for all tests."""

@@ -1,4 +1,4 @@
-"""A pool of gloo ranks that lives as long as the test session: importing Megatron-core costs seconds, once."""
+"""A pool of gloo ranks for many tests: importing Megatron-core costs seconds, once."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from multiprocessing.connection import Connection, wait
 
 import torch
 
-from megatron_pbsd.learner.group import free_port
+from megatron_pbsd.ports import free_port
 
 PRELOAD = ["megatron_pbsd.learner.learner", "megatron_pbsd.platform.cpu_modules"]
-MOST_THREADS = 150
+MOST_THREADS = 20
 """A model with the distributed optimizer is in cycles that Python cannot collect, and with it are its process groups,
-whose threads poll: with hundreds of them all else is slow. Ranks that have more are started anew."""
+whose threads poll and make all else slow. Ranks that have more are started anew, which takes 0.2 s: what they import is
+in the server that they are forked from."""
 
 
 class RankFailure(AssertionError):

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PURE = ["trajectory.py", "batch.py", "config", "kl.py", "errors.py", "algorithms", "environments", "models",
-        "boxes.py", "resharding"]
+        "boxes.py", "resharding", "planning"]
 
 
 def test_import_contracts():

@@ -8,12 +8,12 @@ from hypothesis import given, strategies as st
 from scripted_rollout import EchoEnvironment
 
 from megatron_pbsd.batch import Batch
-from megatron_pbsd.components import Collected
 from megatron_pbsd.config import RunConfig
 from megatron_pbsd.environments import Task
 from megatron_pbsd.errors import UsageError
 from megatron_pbsd.prompts import Stream, check_position, mini_batches, position, requests, tasks_between
 from megatron_pbsd.rollout.coordinator import CollectStatistics
+from megatron_pbsd.rollouts import Collected
 from megatron_pbsd.train import roll_out
 from megatron_pbsd.trajectory import Group, Trajectory, Turn, VersionSpan
 

@@ -33,7 +33,7 @@ from megatron_pbsd.config import RolloutConfig
 from megatron_pbsd.controller.runtime import Handle, Runtime, open_runtime
 from megatron_pbsd.environments.protocol import Reply, Task
 from megatron_pbsd.errors import UsageError
-from megatron_pbsd.resharding.shared_memory import SharedFolder
+from megatron_pbsd.resharding.shared_folder import SharedFolder
 from megatron_pbsd.rollout.coordinator import CollectStatistics, Coordinator, RolloutRequest
 from megatron_pbsd.rollout.engines.embedded.engine import EmbeddedEngine
 from megatron_pbsd.rollout.engines.embedded.kv_pool import PoolPlace

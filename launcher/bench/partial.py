@@ -43,7 +43,8 @@ from megatron_pbsd.environments.protocol import Task
 from megatron_pbsd.errors import UsageError
 from megatron_pbsd.prompts import Stream
 from megatron_pbsd.resharding.manifest import WeightsManifest, layout
-from megatron_pbsd.resharding.shared_memory import Segment, SharedFolder, attach
+from megatron_pbsd.resharding.shared_folder import SharedFolder
+from megatron_pbsd.resharding.shared_memory import Segment, attach
 from megatron_pbsd.rollout.coordinator import CollectStatistics, Coordinator, RolloutRequest
 from megatron_pbsd.rollout.engines.embedded.kv_pool import PoolPlace
 from megatron_pbsd.simulation.workload import jobs

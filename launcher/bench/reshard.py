@@ -11,6 +11,7 @@ memcpy_ratio_processor  the same by processor time of the side that has more to 
 extra_buckets        peak memory of all processes together beyond both models, in sizes of a bucket
 max_abs_logprob_diff nats, on random tokens after a publication as in `pbsd train`, from a Megatron learner of two ranks
                      to two embedded engines; the larger of a dense model and a mixture of experts
+coordinator_…        see `coordinator`: null without SGLang
 
 The model that is published is a synthetic mixture of experts in float32 on two learner ranks (tp 2, ep 2), and one
 engine that wants every tensor whole. What arrives is compared bit for bit.
@@ -29,10 +30,11 @@ from typing import Any
 
 import numpy as np
 
+from launcher.bench import coordinator
 from launcher.overrides import load_config
 from launcher.published_layouts import GPUS, KIMI_K2, PAIRS, SYNTHETIC, TINY_EXPERTS, TRILLION
 from launcher.publishing import Publication
-from megatron_pbsd.components import start_engines, start_learner
+from megatron_pbsd.components import build_transport, start_engines, start_learner
 from megatron_pbsd.controller.runtime import open_runtime
 from megatron_pbsd.errors import UsageError
 from megatron_pbsd.models import family
@@ -40,7 +42,6 @@ from megatron_pbsd.resharding.layouts import learner_layout, server_layout
 from megatron_pbsd.resharding.minimum import learner_maps, minimum, server_maps
 from megatron_pbsd.resharding.plan import make_plan
 from megatron_pbsd.resharding.publication import Publisher
-from megatron_pbsd.resharding.shared_memory import SharedFolder
 from megatron_pbsd.resharding.wire import stored_dtype, wire
 
 ROOT = Path(__file__).parents[2]
@@ -52,7 +53,8 @@ BUCKET_BYTES = 8 << 20
 def run(overrides: Sequence[str] = ()) -> dict[str, Any]:
     if overrides:
         raise UsageError(f"the bench 'reshard' reads no configuration, so {overrides[0]} means nothing to it")
-    return {**planning(), **bytes_moved(), **publication(SYNTHETIC, BUCKET_BYTES, ROUNDS), **agreement()}
+    return {**planning(), **bytes_moved(), **publication(SYNTHETIC, BUCKET_BYTES, ROUNDS), **agreement(),
+            **coordinator.run()}
 
 
 def planning() -> dict[str, Any]:
@@ -124,12 +126,11 @@ def agreement() -> dict[str, float]:
                 "--model.path", path, "--model.initial_weights", "random", *layout])
             with ExitStack() as stack:
                 runtime = stack.enter_context(open_runtime(config.runtime, Path(folder) / name))
-                pool = stack.enter_context(SharedFolder())
-                learner, engines = start_learner(runtime, config), start_engines(
-                    runtime, config, pool, Path(folder))
+                learner, engines = start_learner(runtime, config), start_engines(runtime, config, Path(folder))
                 learner.ready()
                 engines.ready()
-                publisher = Publisher(learner, engines, _probe(), tolerance=1.0)
+                publisher = Publisher(
+                    build_transport(config, learner, engines), learner, engines, _probe(), tolerance=1.0)
                 stack.callback(publisher.close)
                 found[name] = publisher.publish(0)["weights/probe_max_abs"]
     return {"max_abs_logprob_diff": max(found.values()), "max_abs_logprob_diff_by_model": found}

@@ -1,12 +1,17 @@
 """What grouped speculative decoding makes of the embedded engine's speed, by how many sequences run at a time.
 
 speedup_by_slots   processor time without over with drafts, of the same turns: first turns of groups of 16 that the
-                   quickstart's policy generates at temperature 1. Both engines run in turn, after a first round in
-                   which the one that drafts learns what that costs and brings
+                   quickstart's policy generates at temperature 1. The engines run in turn, a few steps each, since
+                   the machine is now fast and now slow, after a first round in which those that draft learn what that
+                   costs and brings
 always_by_slots    the same of an engine that drafts up to 8 tokens at every step, whatever that costs
 acceptance_length  tokens per pass that verified a draft, by slots
+trees              by number of paths of a draft, the same three of the same turns in the same run. By the rule trees
+                   are verified or their first paths, whichever pays more
 speedup_random     as speedup_by_slots, of a policy with random weights, none of whose tokens can be foreseen: what
                    finding that out costs
+control_by_slots   as speedup_by_slots, of a second engine without drafts in the same rounds: how far from 1 the
+control_random     machine brings two engines that do the same
 same_tokens        whether all of them generated the same
 """
 
@@ -14,7 +19,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,22 +37,35 @@ from megatron_pbsd.rollout.engines.protocol import Chunk
 CONFIG = Path("configs/quickstart.yaml")
 GROUPS_BY_SLOTS = {64: 12, 16: 12, 4: 4, 1: 2}
 GROUP, LONGEST, ROUNDS = 16, 8, 5
+PATHS = (1, 2, 4)
+STEPS = 8
+"""That an engine makes before it is the next one's turn."""
+PLAIN, CONTROL = 0, -1
+"""Engines that draft no paths."""
 
 
 def run(overrides: Sequence[str] = ()) -> dict[str, Any]:
     config = load_config(CONFIG, overrides)
     turns = first_turns(config)
-    pairs = {slots: compare(config, turns[: groups * GROUP], slots) for slots, groups in GROUPS_BY_SLOTS.items()}
+    ruled = {slots: compare(config, turns[: groups * GROUP], slots) for slots, groups in GROUPS_BY_SLOTS.items()}
     always = {slots: compare(config, turns[: groups * GROUP], slots, always=True)
               for slots, groups in GROUPS_BY_SLOTS.items()}
     # Such a policy rarely ends a turn.
-    random = compare(config, turns[: 4 * GROUP], 16, load_weights=False)
+    random = compare(config, turns[: 4 * GROUP], 16, paths=(1,), load_weights=False)
+
+    def figures(paths: int) -> dict[str, dict[str, float]]:
+        return {name: {str(slots): pairs[paths][key] for slots, pairs in found.items()} for name, found, key in (
+            ("speedup_by_slots", ruled, "speedup"), ("always_by_slots", always, "speedup"),
+            ("acceptance_length", always, "acceptance_length"))}
+
     return {
-        "speedup_by_slots": {str(slots): pair["speedup"] for slots, pair in pairs.items()},
-        "always_by_slots": {str(slots): pair["speedup"] for slots, pair in always.items()},
-        "acceptance_length": {str(slots): pair["acceptance_length"] for slots, pair in always.items()},
-        "speedup_random": random["speedup"],
-        "same_tokens": all(pair["same"] for pair in (*pairs.values(), *always.values(), random)),
+        **figures(1),
+        "trees": {str(paths): figures(paths) for paths in PATHS if paths > 1},
+        "control_by_slots": {str(slots): pairs[CONTROL]["speedup"] for slots, pairs in ruled.items()},
+        "speedup_random": random[1]["speedup"],
+        "control_random": random[CONTROL]["speedup"],
+        "same_tokens": all(pair["same"] for pairs in (*ruled.values(), *always.values(), random)
+                           for pair in pairs.values()),
     }
 
 
@@ -60,29 +78,31 @@ def first_turns(config: RunConfig) -> list[Chunk]:
             for task in tasks for i in range(GROUP)]
 
 
-def compare(config: RunConfig, turns: list[Chunk], slots: int, always: bool = False,
-            load_weights: bool = True) -> dict[str, Any]:
-    """Both engines have the same weights."""
-    def engine(name: str, speculation: Speculation | None) -> EmbeddedEngine:
+def compare(config: RunConfig, turns: list[Chunk], slots: int, always: bool = False, paths: Sequence[int] = PATHS,
+            load_weights: bool = True) -> dict[int, dict[str, Any]]:
+    """By number of paths. All engines have the same weights, and run in turn, forwards and backwards."""
+    def engine(name: str, speculation: Speculation | None) -> Interrupted:
         torch.manual_seed(0)
-        return EmbeddedEngine(config.model.path, name=name, slots=slots, max_context=config.rollout.max_context,
+        return Interrupted(config.model.path, name=name, slots=slots, max_context=config.rollout.max_context,
                               load_weights=load_weights, speculation=speculation)
 
-    plain, drafting = engine("plain", None), engine("drafting", Speculation(LONGEST, always=always))
-    seconds, same = {plain: 0.0, drafting: 0.0}, True
+    engines = {PLAIN: engine("plain", None), CONTROL: engine("control", None)} | {
+        k: engine(f"{k} paths", Speculation(LONGEST, k, always)) for k in paths}
+    seconds, same = dict.fromkeys(engines, 0.0), dict.fromkeys(engines, True)
     for number in range(1 + ROUNDS):
         asked = [renamed(turn, number) for turn in turns]
-        tokens = {}
-        for engine in (plain, drafting) if number % 2 else (drafting, plain):
-            gc.collect()
-            began = time.process_time()
-            tokens[engine] = generate(engine, asked)
-            seconds[engine] += (time.process_time() - began) * (number > 0)
-        same &= tokens[plain] == tokens[drafting]
-    statistics = drafting.statistics()
-    length = 1 + statistics.accepted_tokens / statistics.drafts if statistics.drafts else 1.0
-    return {"speedup": round(seconds[plain] / seconds[drafting], 3), "acceptance_length": round(length, 2),
-            "same": same}
+        order = list(engines) if number % 2 else list(reversed(engines))
+        tokens, took = generate({k: engines[k] for k in order}, asked)
+        for k in engines:
+            seconds[k] += took[k] * (number > 0)
+            same[k] &= tokens[k] == tokens[PLAIN]
+    return {k: {"speedup": round(seconds[PLAIN] / seconds[k], 3), "same": same[k],
+                "acceptance_length": acceptance_length(engines[k])} for k in (CONTROL, *paths)}
+
+
+def acceptance_length(engine: EmbeddedEngine) -> float:
+    statistics = engine.statistics()
+    return round(1 + statistics.accepted_tokens / statistics.drafts, 2) if statistics.drafts else 1.0
 
 
 def renamed(turn: Chunk, number: int) -> Chunk:
@@ -90,10 +110,33 @@ def renamed(turn: Chunk, number: int) -> Chunk:
     return replace(turn, request_id=f"{number}/{turn.request_id}", group_id=f"{number}/{turn.group_id}")
 
 
-def generate(engine: EmbeddedEngine, turns: list[Chunk]) -> dict[str, tuple[int, ...]]:
-    engine.submit(turns)
-    tokens = {}
-    while ended := engine.collect():
-        tokens |= {result.request_id: result.tokens for result in ended}
-        engine.release([result.request_id for result in ended])
-    return tokens
+class Interrupted(EmbeddedEngine):
+    """Its `collect` makes a few steps at most."""
+
+    steps = 0
+
+    def _step(self) -> None:
+        super()._step()
+        self.steps += 1
+        if self.steps % STEPS == 0:
+            self.interrupt()
+
+
+def generate(
+    engines: Mapping[int, Interrupted], turns: Sequence[Chunk]
+) -> tuple[dict[int, dict[str, tuple[int, ...]]], dict[int, float]]:
+    """What each engine says to the same turns, and its processor seconds."""
+    tokens: dict[int, dict[str, tuple[int, ...]]] = {k: {} for k in engines}
+    seconds = dict.fromkeys(engines, 0.0)
+    for engine in engines.values():
+        engine.submit(turns)
+    gc.collect()
+    while left := [k for k in engines if len(tokens[k]) < len(turns)]:
+        for k in left:
+            began = time.process_time()
+            ended = engines[k].collect()
+            engines[k].abort(())  # So ends the interruption.
+            engines[k].release([result.request_id for result in ended])
+            seconds[k] += time.process_time() - began
+            tokens[k] |= {result.request_id: result.tokens for result in ended}
+    return tokens, seconds

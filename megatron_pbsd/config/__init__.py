@@ -21,6 +21,7 @@ from megatron_pbsd.config.algorithms import (
     RLOOConfig,
     SFTConfig,
 )
+from megatron_pbsd.config.cluster import ClusterConfig, ContainerConfig, SlurmConfig
 from megatron_pbsd.config.learner import LearnerConfig, MoEConfig, OptimizerConfig, ParallelConfig
 from megatron_pbsd.config.losses import (
     Band,
@@ -43,6 +44,13 @@ from megatron_pbsd.config.losses import (
     ValueLossConfig,
 )
 from megatron_pbsd.config.model import ModelConfig
-from megatron_pbsd.config.rollout import EnvironmentConfig, EvaluationConfig, RolloutConfig, SGLangConfig
+from megatron_pbsd.config.rollout import (
+    EnvironmentConfig,
+    EvaluationConfig,
+    RolloutConfig,
+    SGLangConfig,
+    SpeculationConfig,
+    TransportConfig,
+)
 from megatron_pbsd.config.run import BestConfig, CheckpointConfig, ObservabilityConfig, RunConfig
 from megatron_pbsd.config.section import Fraction, Positive, PositiveInt, Section

@@ -12,6 +12,13 @@ from megatron_pbsd.config.section import Positive, PositiveInt, Section
 DIVIDING = ("divided", "context_aware", "longest_remaining")
 """Policies that run requests in chunks, any of which may run on any engine."""
 CHUNKS_PER_TURN, SHORTEST_CHUNK = 8, 16
+WITH_DRAFTS = {
+    "pp_size": (1, "SGLang drafts in one stage"),
+    "enable_dp_attention": (False, "SGLang does not draft with it"),
+    "enable_mixed_chunk": (False, "SGLang does not draft with it"),
+    "disable_overlap_schedule": (True, "drafts follow the newest tokens, which overlapping passes do not know"),
+}
+"""Arguments of SGLang's → their only value with drafts, and why."""
 
 
 class SpeculationConfig(Section):
@@ -19,6 +26,8 @@ class SpeculationConfig(Section):
     """Draft tokens from what siblings generated, where that is measured to pay; what is generated stays the same."""
     max_draft_tokens: Annotated[int, Field(ge=1, le=64)] = 8
     """Longest draft."""
+    paths: Annotated[int, Field(ge=1, le=8)] = 1
+    """Likely continuations that may be verified at once, as a tree where they begin alike."""
 
 
 class SGLangConfig(Section):
@@ -32,6 +41,19 @@ class SGLangConfig(Section):
     """HTTP port of the first engine; the others take those after it. null takes any free ones."""
     start_deadline_s: Positive = 900.0
     """After this long a server that is not ready has failed."""
+
+
+class TransportConfig(Section):
+    kind: Literal["segment", "buckets", "ipc", "collective", "disk"] = "segment"
+    """How new weights get from the learner to the engines: one copy of all in shared memory, two buckets there, two
+    buckets in learner rank 0's own memory, which engines map, a torch.distributed group, or files."""
+    bucket_mb: PositiveInt = 512
+    """Size of a bucket (MiB), of which there are two; one that a larger tensor has to itself is as large as that. Of
+    all kinds but `segment`."""
+    folder: str | None = None
+    """Of kind `disk`: where the files are, which learner and engines see; null is `weights` in the run's folder."""
+    deltas: Annotated[int, Field(ge=0)] = 0
+    """Of kind `disk`: after files of all tensors so many publications write only those that have changed."""
 
 
 class RolloutConfig(Section):
@@ -69,12 +91,17 @@ class RolloutConfig(Section):
     """Longest chunk of policies that divide; null is an eighth of max_turn_tokens, and at least 16."""
     kv_pool_mb: Annotated[int, Field(ge=0)] = 256
     """Host memory of each engine for KV that has lost its slot or may go to another engine (MiB); 0 keeps none."""
+    sleep: Literal["none", "kv_cache", "all"] = "none"
+    """Memory that engines give away while the learner computes: nothing, the KV cache, or weights too, which then come
+    back with the next publication. For engines that share devices with the learner (learner.release_memory)."""
     speculation: SpeculationConfig = SpeculationConfig()
     """Grouped speculative decoding."""
     engine_restarts: Annotated[int, Field(ge=0)] = 2
     """Engines that died or hung and are started again, in a whole run; one more ends it."""
     deadline_s: Annotated[float, Field(gt=0)] = 300.0
     """An engine without a finished chunk for this long is hung: it is ended, and counts as one that died."""
+    transport: TransportConfig = TransportConfig()
+    """How new weights get to the engines."""
     probe_tolerance: Annotated[float, Field(gt=0)] = 1e-4
     """Largest |engine - learner| log-prob on the probe batch after a publication (nats)."""
 
@@ -110,7 +137,23 @@ class RolloutConfig(Section):
             problems.append(
                 f"rollout.chunk_tokens = {self.chunk_tokens} divides nothing: turns have at most "
                 f"rollout.max_turn_tokens = {self.max_turn_tokens}; the nearest valid value is {self.max_turn_tokens}")
-        return problems + self._engine_conflicts()
+        if self.speculation.paths > 1 and not self.speculation.enabled:
+            problems.append(f"rollout.speculation.paths = {self.speculation.paths} has no effect with "
+                            "rollout.speculation.enabled = false: set enabled to true, or leave paths out")
+        return problems + self._engine_conflicts() + self._transport_conflicts()
+
+    def _transport_conflicts(self) -> list[str]:
+        kind, given = self.transport.kind, self.transport.model_fields_set
+        used = {"segment": (), "disk": ("bucket_mb", "folder", "deltas")}.get(kind, ("bucket_mb",))
+        problems = [f"rollout.transport.{name} has no effect with rollout.transport.kind = {kind!r}: leave it out"
+                    for name, field in TransportConfig.model_fields.items()
+                    if name in given and name not in ("kind", *used)
+                    and getattr(self.transport, name) != field.default]
+        if kind == "collective" and self.sglang.args.get("pp_size", 1) != 1:
+            problems.append(f"rollout.transport.kind = 'collective' with rollout.sglang.args.pp_size = "
+                            f"{self.sglang.args['pp_size']!r}: ranks of one stage alone can join SGLang's groups for "
+                            "weights; set the kind to one of segment, buckets, disk")
+        return problems
 
     def _engine_conflicts(self) -> list[str]:
         if self.engine == "embedded":
@@ -121,12 +164,50 @@ class RolloutConfig(Section):
         if self.sglang.python is None:
             problems.append("rollout.engine = 'sglang' needs rollout.sglang.python, the interpreter of the environment "
                             "that SGLang is installed in")
-        if self.speculation.enabled:
-            problems.append("rollout.speculation.enabled has no effect with rollout.engine = 'sglang', which drafts by "
-                            "its own arguments (rollout.sglang.args.speculative_algorithm): leave it out")
+        problems += self._drafting_conflicts() + self._machine_conflicts()
+        if self.sleep == "all" and (draft := self.sglang.args.get("speculative_draft_model_path")):
+            problems.append(f"rollout.sleep = 'all' would lose the draft model {draft!r} "
+                            "(rollout.sglang.args.speculative_draft_model_path), whose weights nobody publishes; the "
+                            "nearest valid value is 'kv_cache'")
         if self.sglang.port is not None and self.sglang.port + self.engines > 65536:
             problems.append(f"rollout.sglang.port = {self.sglang.port} leaves no ports for rollout.engines = "
                             f"{self.engines}; the nearest valid value is {65536 - self.engines}")
+        return problems
+
+    def _machine_conflicts(self) -> list[str]:
+        """Of `nnodes`, machines of each server, which its ranks fill in order. What is no number is named elsewhere."""
+        machines, tp, pp = (self.sglang.args.get(key, 1) for key in ("nnodes", "tp_size", "pp_size"))
+        if not all(type(size) is int and size > 0 for size in (tp, pp)):
+            return []
+        valid = [n for n in range(1, tp * pp + 1) if tp * pp % n == 0 and (n % pp == 0 or pp % n == 0)]
+        if type(machines) is int and machines in valid:
+            return []
+        nearest = min(valid, key=lambda n: abs(n - machines)) if type(machines) is int else 1
+        return [f"rollout.sglang.args.nnodes = {machines!r} machines cannot have equal parts of tp_size * pp_size = "
+                f"{tp} * {pp}; valid: {', '.join(map(str, valid))}; the nearest is {nearest}"]
+
+    def _drafting_conflicts(self) -> list[str]:
+        """Arguments of SGLang's that do not go with drafts."""
+        args, key = self.sglang.args, "rollout.sglang.args"
+        if not self.speculation.enabled:
+            if args.get("speculative_algorithm") is None or args.get("device") != "cpu":
+                return []
+            return [f"{key}.speculative_algorithm = {args['speculative_algorithm']!r}: on CPUs SGLang's own algorithms "
+                    "take the likeliest token at any temperature; leave it out, and set rollout.speculation.enabled"]
+        problems = []
+        if self.speculation.paths != SpeculationConfig().paths:
+            problems.append(f"rollout.speculation.paths = {self.speculation.paths} has no effect with rollout.engine = "
+                            "'sglang', whose drafts are trees of the likeliest tokens of several paths: leave it out")
+        problems += [f"{key}.{name} has no effect with rollout.speculation.enabled, by which drafts are made: leave it "
+                    "out, or disable rollout.speculation" for name in args if name.startswith("speculative_")]
+        for name, (allowed, reason) in WITH_DRAFTS.items():
+            if args.get(name, allowed) != allowed:
+                problems.append(f"{key}.{name} = {args[name]!r} cannot be had with rollout.speculation.enabled: "
+                                f"{reason}; the only valid value is {allowed!r}")
+        if args.get("page_size", 1) != 1 and args.get("attention_backend") != "flashinfer":
+            problems.append(f"{key}.page_size = {args['page_size']!r} cannot be had with rollout.speculation.enabled: "
+                            f"SGLang verifies trees of drafts in pages of 1, or with {key}.attention_backend = "
+                            "'flashinfer'")
         return problems
 
     def _partial_conflicts(self) -> list[str]:

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from megatron_pbsd.config.algorithms import AlgorithmConfig, PBSDConfig, PenalisedConfig
+from megatron_pbsd.config.cluster import ClusterConfig, seconds_of
 from megatron_pbsd.config.learner import LearnerConfig
 from megatron_pbsd.config.losses import PolicyLossConfig
 from megatron_pbsd.config.model import ModelConfig
@@ -75,6 +76,8 @@ class RunConfig(Section):
     """When the run's state is saved."""
     observability: ObservabilityConfig = ObservabilityConfig()
     """What is recorded and shown."""
+    cluster: ClusterConfig = ClusterConfig()
+    """Where it runs."""
 
     @property
     def folder(self) -> Path:
@@ -101,8 +104,11 @@ class RunConfig(Section):
                 f"learner.micro_batch_tokens * learner.parallel.{ranks} = {learner.micro_batch_tokens} * {size} = "
                 f"{positions} positions; raise either, or lower max_context to at most {positions + 1}")
         problems += self.rollout.conflicts()
+        problems += self._transport_conflicts()
         problems += self._partial_conflicts()
         problems += self._checkpoint_conflicts()
+        problems += self._cluster_conflicts()
+        problems += self._device_conflicts()
         if self.model is not None and self.model.initial_weights == "random":
             reason = ("compares the policy with the model in model.path, from which model.initial_weights = 'random' "
                       "does not start it: set that to 'load', or this to")
@@ -111,6 +117,19 @@ class RunConfig(Section):
                 problems.append(f"algorithm.kl_penalty = {algorithm.kl_penalty:g} {reason} 0")
             if isinstance(algorithm.loss, PolicyLossConfig) and algorithm.loss.kl_reference == "reference":
                 problems.append(f"algorithm.loss.kl_reference = 'reference' {reason} 'old'")
+        return problems
+
+    def _transport_conflicts(self) -> list[str]:
+        rollout, kind, problems = self.rollout, self.rollout.transport.kind, []
+        if kind == "collective" and self.runtime == "inline":
+            problems.append(
+                "rollout.transport.kind = 'collective' is between processes, and runtime = 'inline' has one: set the "
+                "kind to one of segment, buckets, disk, or runtime to 'ray'")
+        if kind in ("buckets", "ipc", "collective") and self.learner.release_memory and rollout.engine_restarts:
+            problems.append(
+                f"rollout.transport.kind = {kind!r} keeps no copy of the weights: with learner.release_memory = true "
+                f"none of the rollout.engine_restarts = {rollout.engine_restarts} engines could be given any during a "
+                "rollout; set the kind to 'segment' or 'disk', or engine_restarts to 0")
         return problems
 
     def _partial_conflicts(self) -> list[str]:
@@ -152,6 +171,66 @@ class RunConfig(Section):
                     f"the nearest checkpoint.every is {_nearest_multiple(checkpoint.every, evaluated)}"
                     if evaluated else f"set evaluation.every to {checkpoint.every}"))
         return problems
+
+    def _cluster_conflicts(self) -> list[str]:
+        cluster, problems = self.cluster, []
+        least = cluster.min_nodes
+        if least is not None and least > cluster.nodes:
+            problems.append(f"cluster.min_nodes = {least} exceeds cluster.nodes = {cluster.nodes}; it may be at most "
+                            f"{cluster.nodes}")
+        if self.runtime == "inline" and cluster.nodes > 1:
+            problems.append(f"cluster.nodes = {cluster.nodes} needs runtime = 'ray'; runtime = 'inline' is one process "
+                            "on one node: set cluster.nodes to 1")
+        limit, before = cluster.slurm.time_limit, cluster.slurm.stop_before_s
+        if limit and seconds_of(limit) <= before:
+            problems.append(
+                f"cluster.slurm.stop_before_s = {before} leaves nothing of cluster.slurm.time_limit = {limit!r} "
+                f"({seconds_of(limit)} s); it may be at most {seconds_of(limit) - 1}")
+        return problems
+
+    def _device_conflicts(self) -> list[str]:
+        """More GPUs than there are."""
+        cluster, rollout, ranks = self.cluster, self.rollout, self.learner.parallel.world_size
+        devices = cluster.nodes * cluster.gpus_per_node
+        if not devices:
+            return []
+        there = f"cluster.nodes * cluster.gpus_per_node = {cluster.nodes} * {cluster.gpus_per_node} = {devices}"
+        if ranks > devices:
+            return [f"learner.parallel.world_size = {ranks} exceeds {there}; it may be at most {devices}"]
+        sizes = [rollout.sglang.args.get(f"{key}_size", 1) for key in ("tp", "pp")]
+        if rollout.engine != "sglang" or not all(isinstance(size, int) for size in sizes):
+            return []
+        size, shared = sizes[0] * sizes[1], self.learner.release_memory
+        if problems := self._machine_conflicts(size):
+            return problems
+        room, needed = devices if shared else devices - ranks, rollout.engines * size
+        if needed > room:
+            beside = "" if shared else " besides the learner's, which learner.release_memory = true lets them share"
+            nearest = (f"the nearest valid value is {room // size}" if room >= size
+                       else "ask for more nodes, or smaller servers")
+            return [f"rollout.engines = {rollout.engines} with tp_size * pp_size = {size} need {needed} GPUs, but of "
+                    f"{there} there are {room} for them{beside}; {nearest}"]
+        return []
+
+    def _machine_conflicts(self, size: int) -> list[str]:
+        """How a server of so many GPUs is divided over machines. Without `nnodes` it is on as few as have room."""
+        each, nodes = self.cluster.gpus_per_node, self.cluster.nodes
+        machines = self.rollout.sglang.args.get("nnodes")
+        if machines is None:
+            if size <= each or size % each == 0:
+                return []
+            below = size // each * each
+            return [f"rollout.sglang.args: tp_size * pp_size = {size} does not fill nodes of cluster.gpus_per_node = "
+                    f"{each}; the nearest valid values are {below} and {below + each}"]
+        if type(machines) is not int:
+            return []  # which is named elsewhere
+        if machines > nodes:
+            return [f"rollout.sglang.args.nnodes = {machines} exceeds cluster.nodes = {nodes}; it may be at most "
+                    f"{nodes}"]
+        if size > machines * each:
+            return [f"rollout.sglang.args.nnodes = {machines} leaves {size // machines} GPUs of a server to a node of "
+                    f"cluster.gpus_per_node = {each}; the nearest valid value is {-(-size // each)}"]
+        return []
 
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:

@@ -26,5 +26,14 @@ class Group:
     def call(self, method: str, *args: Any) -> list[Any]:
         return self._gather(method, [handle.call(method, *args) for handle in self.handles])
 
+    def start(self, method: str, *args: Any, only: Sequence[str] | None = None) -> list[Future]:
+        """Begin with a call of all members, or of those that are named."""
+        chosen = self.handles if only is None else [handle for handle in self.handles if handle.name in only]
+        return [handle.call(method, *args) for handle in chosen]
+
+    def wait(self, phase: str, pending: Sequence[Future]) -> list[Any]:
+        """What was started, here or with other components too, in order."""
+        return self._gather(phase, pending)
+
     def _gather(self, phase: str, futures: Sequence[Future]) -> list[Any]:
         return gather(self._runtime, futures, phase=f"{self.kind}.{phase}", deadline_s=self._deadline_s)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_pbsd.controller.failures import ComponentDied
+from megatron_pbsd.controller.machine import Here
 from megatron_pbsd.errors import Lost
 
 
@@ -37,12 +38,21 @@ class InlineHandle:
 class InlineRuntime:
     """See `runtime.Runtime`. `spawn` raises what the constructor raises."""
 
+    def __init__(self) -> None:
+        self._here = Here()
+
     @property
     def client(self) -> InlineRuntime:
         return self
 
     def spawn(self, name: str, factory: Callable[..., Any], /, *args: Any, **kwargs: Any) -> InlineHandle:
         return InlineHandle(name, factory(*args, **kwargs))
+
+    def machine(self, name: str) -> Here:
+        return self._here
+
+    def parts(self, name: str) -> list[str]:
+        return [name]
 
     def wait(
         self, futures: Sequence[InlineFuture], count: int = 1, timeout: float | None = None
@@ -66,7 +76,7 @@ class InlineRuntime:
         return value
 
     def close(self) -> None:
-        pass
+        self._here.close()
 
     def __enter__(self) -> InlineRuntime:
         return self

@@ -24,12 +24,19 @@ import psutil
 import ray
 
 from megatron_pbsd.controller import guard
+from megatron_pbsd.controller.machine import Here
 from megatron_pbsd.controller.ray_host import RayClient, RayHandle
 from megatron_pbsd.errors import UsageError
 from megatron_pbsd.ports import free_near, is_free
 
 OBJECT_STORE_BYTES = 256 * 2**20
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TORCH_COMPILE_DISABLE": "1", "HF_HUB_OFFLINE": "1"}
+SYSTEM_CONFIG = {
+    "enable_metrics_collection": False,
+    "enable_core_worker_task_event_to_gcs": False,
+    # Ray would run components at nice 15, behind whatever else the machine does.
+    "worker_niceness": 0,
+}
 CLOSE_WAIT_S = 5.0
 
 
@@ -43,7 +50,7 @@ class RayRuntime(RayClient):
         if port is not None:
             check_port(port)
         logs.mkdir(parents=True, exist_ok=True)
-        self._logs = logs.resolve()
+        self._logs, self._here = logs.resolve(), Here()
         self._folder = session_folder()
         self._guard: subprocess.Popen[bytes] | None = None
         before = set(psutil.Process().children())
@@ -62,7 +69,13 @@ class RayRuntime(RayClient):
         return RayClient()
 
     def spawn(self, name: str, factory: Callable[..., Any], /, *args: Any, **kwargs: Any) -> RayHandle:
-        return RayHandle.start(name, str(self._logs / f"{name}.log"), factory, *args, **kwargs)
+        return RayHandle.start(name, str(self._logs / f"{name}.log"), None, factory, *args, **kwargs)
+
+    def machine(self, name: str) -> Here:
+        return self._here
+
+    def parts(self, name: str) -> list[str]:
+        return [name]
 
     def share(self, value: Any) -> ray.ObjectRef:
         return ray.put(value)
@@ -82,6 +95,7 @@ class RayRuntime(RayClient):
             process.kill()
         psutil.wait_procs(alive, timeout=CLOSE_WAIT_S)
         shutil.rmtree(self._folder, ignore_errors=True)
+        self._here.close()
 
     def __enter__(self) -> RayRuntime:
         return self
@@ -109,27 +123,24 @@ def start_guard(folder: Path, processes: Sequence[psutil.Process]) -> subprocess
 
 
 def start_ray(folder: Path, port: int | None) -> None:
-    logging.getLogger("ray").setLevel(logging.ERROR)
-    terminate = signal.getsignal(signal.SIGTERM)
     with variables({} if port is None else {"RAY_GCS_SERVER_PORT": str(port)}):
-        ray.init(
+        init(
             address="local",
             # Components say themselves what they use; 0 keeps Ray from starting spare workers.
             num_cpus=0,
             num_gpus=0,
             include_dashboard=False,
             object_store_memory=OBJECT_STORE_BYTES,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            runtime_env={"env_vars": ENVIRONMENT},
             _temp_dir=str(folder),
-            _system_config={
-                "enable_metrics_collection": False,
-                "enable_core_worker_task_event_to_gcs": False,
-                # Ray would run components at nice 15, behind whatever else the machine does.
-                "worker_niceness": 0,
-            },
+            _system_config=SYSTEM_CONFIG,
         )
+
+
+def init(**arguments: Any) -> None:
+    """`ray.init` that leaves the driver's terminal and signals alone."""
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    terminate = signal.getsignal(signal.SIGTERM)
+    ray.init(log_to_driver=False, logging_level=logging.ERROR, runtime_env={"env_vars": ENVIRONMENT}, **arguments)
     # Ray prints the death of a worker to the driver's terminal whatever log_to_driver says; ComponentDied says it too.
     ray._private.worker._worker_logs_enabled = False
     # Ray's handler, in native code, would end the driver on the spot; the program's own unwinds.

@@ -7,15 +7,15 @@ import os
 import re
 import signal
 import threading
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import ray
 from ray.actor import ActorHandle
 from ray.exceptions import (
+    ActorUnschedulableError,
     GetTimeoutError,
     NodeDiedError,
     OutOfMemoryError,
@@ -23,23 +23,57 @@ from ray.exceptions import (
     RayTaskError,
     WorkerCrashedError,
 )
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from megatron_pbsd.controller.failures import ComponentDied
-from megatron_pbsd.errors import Lost
+from megatron_pbsd.controller.machine import STACKS_WAIT_S, Here
+from megatron_pbsd.errors import Lost, PbsdError
 
-LOG_LINES_SHOWN = 20
 COLOURS = "\x1b\\[[0-9;]*m"
-STACKS_WAIT_S = 2.0
 END_WAIT_S = 10.0
+ANSWER_S = 5.0
+"""An agent that has not answered by then is on a machine that cannot be reached. Longer than `STACKS_WAIT_S`."""
+
+
+@dataclass(frozen=True)
+class Elsewhere:
+    """A machine of a Ray cluster that exists: see `runtime.Machine`. agent: a `Here` on it. node: Ray's id of it.
+    environment: variables that its components have, unless they are set. folder: to work in, the driver's."""
+
+    name: str
+    address: str
+    node: str
+    agent: ActorHandle
+    environment: Mapping[str, str] = field(default_factory=dict)
+    folder: str = ""
+    device: int | None = None
+
+    def ask(self, method: str, *args: Any) -> Any:
+        """GetTimeoutError, RayActorError when the machine cannot be reached."""
+        return ray.get(getattr(self.agent, method).remote(*args), timeout=ANSWER_S)
+
+    def free_port(self) -> int:
+        return self.ask("free_port")
+
+    def memory_folder(self) -> str:
+        return self.ask("memory_folder")
+
+
+class WrongMachine(PbsdError):
+    """A machine lacks what components need to work on it."""
+
+    component = "controller"
 
 
 @ray.remote(num_cpus=0, max_restarts=0, max_task_retries=0, concurrency_groups={"observe": 1})
 class Host:
-    """One component in a process of its own. Everything it prints, native code included, goes to `log`."""
+    """One component in a process of its own. Everything it prints, native code included, goes to `log`. machine: that
+    it is on, unless that is the driver's."""
 
-    def __init__(self, name: str, log: str):
-        self._name = name
+    def __init__(self, name: str, log: str, machine: Elsewhere | None = None):
+        self._name, self._machine = name, machine
         self._built = threading.Event()
+        Path(log).parent.mkdir(parents=True, exist_ok=True)
         self._log = open(log, "ab", buffering=0)
         os.dup2(self._log.fileno(), 1)
         os.dup2(self._log.fileno(), 2)
@@ -54,9 +88,22 @@ class Host:
     def build(self, factory: Callable[..., Any], /, *args: Any, **kwargs: Any) -> None:
         # Not in __init__: Ray runs that in another thread than calls, and hides what it raises in a dead actor.
         try:
+            if self._machine is not None:
+                self._settle(self._machine)
             self._component = factory(*args, **kwargs)
         finally:
             self._built.set()
+
+    def _settle(self, machine: Elsewhere) -> None:
+        """As if the driver had started this process."""
+        for name, value in machine.environment.items():
+            os.environ.setdefault(name, value)
+        try:
+            os.chdir(machine.folder)
+        except OSError as error:
+            raise WrongMachine(f"{self._name} cannot work on {machine.name}, which lacks the folder that the run was "
+                               f"started in, {machine.folder} ({error.strerror}): start it in one that all machines "
+                               "share") from None
 
     def attempted(self) -> None:
         """Done once `build` is, whether it succeeded or raised."""
@@ -77,18 +124,24 @@ class Host:
 
 @dataclass(frozen=True)
 class RayHandle:
+    """machine: None for the driver's own, in a cluster of one."""
+
     name: str
     log: str
     actor: ActorHandle
     pid: ray.ObjectRef
     built: ray.ObjectRef
     attempted: ray.ObjectRef
+    machine: Elsewhere | None = None
 
     @classmethod
-    def start(cls, name: str, log: str, factory: Callable[..., Any], /, *args: Any, **kwargs: Any) -> RayHandle:
-        actor = Host.remote(name, log)
+    def start(cls, name: str, log: str, machine: Elsewhere | None, factory: Callable[..., Any], /, *args: Any,
+              **kwargs: Any) -> RayHandle:
+        host = Host if machine is None else Host.options(
+            scheduling_strategy=NodeAffinitySchedulingStrategy(machine.node, soft=False))
+        actor = host.remote(name, log, machine)
         built = actor.build.remote(factory, *args, **kwargs)
-        return cls(name, log, actor, actor.pid.remote(), built, actor.attempted.remote())
+        return cls(name, log, actor, actor.pid.remote(), built, actor.attempted.remote(), machine)
 
     def call(self, method: str, /, *args: Any, **kwargs: Any) -> RayFuture:
         # Ray keeps the order of one process's calls only: another component's would overtake `build`.
@@ -132,60 +185,68 @@ class RayClient:
                 error.cause.add_note(f"in {future.name}: {re.sub(COLOURS, '', str(error)).strip()}")
                 raise error.cause from None
             raise
-        except (RayActorError, WorkerCrashedError, OutOfMemoryError, NodeDiedError) as error:
-            raise ComponentDied(future.name, _cause(error), last_lines(future.handle.log)) from None
+        except (RayActorError, ActorUnschedulableError, WorkerCrashedError, OutOfMemoryError, NodeDiedError) as error:
+            raise ComponentDied(future.name, _cause(error, future.handle), _last_lines(future.handle)) from None
 
     def stacks(self, futures: Sequence[RayFuture]) -> str:
         handles = {future.name: future.handle for future in futures}
         return "\n".join(f"{name} is at:\n{_stack(handle)}" for name, handle in handles.items())
 
     def end(self, futures: Sequence[RayFuture]) -> bool:
-        for handle in {future.name: future.handle for future in futures}.values():
-            _kill(handle)
+        handles = {future.name: future.handle for future in futures}.values()
+        asked = [reference for handle in handles if (reference := _kill(handle)) is not None]
+        if asked:
+            ray.wait(asked, num_returns=len(asked), timeout=ANSWER_S)
         # A process is gone when Ray says so: the kernel closes its connections last.
         self.wait(futures, len(futures), timeout=END_WAIT_S)
         return True
 
 
-def last_lines(log: str, count: int = LOG_LINES_SHOWN) -> list[str]:
-    """The last lines of a component's log, without the markers that Ray prints for its own log reader."""
-    try:
-        lines = Path(log).read_text(errors="replace").splitlines()
-    except FileNotFoundError:
-        return []
-    return [line for line in lines if not re.match(r":(actor_name|job_id|task_name):", line)][-count:]
+UNREACHABLE = (GetTimeoutError, RayActorError)
 
 
-def _cause(error: Exception) -> str:
+def _on_its_machine(handle: RayHandle, method: str, *args: Any) -> Any:
+    """What `Here` does, there."""
+    return getattr(Here(), method)(*args) if handle.machine is None else handle.machine.ask(method, *args)
+
+
+def _cause(error: Exception, handle: RayHandle) -> str:
     """The one sentence of Ray's message that says something about this death."""
+    if "node" in str(error) and handle.machine is not None and not _is_alive(handle.machine):
+        return f"its machine, {handle.machine.name} ({handle.machine.address}), is gone or cannot be reached"
     found = re.search(r"Worker exit detail: (.*?)(?: Some common causes|$)", str(error), re.DOTALL)
     return found.group(1).strip() if found else str(error).strip()
 
 
-def _kill(handle: RayHandle) -> None:
+def _is_alive(machine: Elsewhere) -> bool:
+    return any(node["NodeID"] == machine.node and node["Alive"] for node in ray.nodes())
+
+
+def _last_lines(handle: RayHandle) -> list[str]:
+    try:
+        return _on_its_machine(handle, "last_lines", handle.log)
+    except UNREACHABLE:  # The folder may be shared.
+        return Here().last_lines(handle.log)
+
+
+def _kill(handle: RayHandle) -> ray.ObjectRef | None:
+    """What is ready when the machine's agent has done it, if there is one."""
     # Ray's own way asks the process, which a stopped one does not hear.
     try:
-        os.kill(ray.get(handle.pid, timeout=STACKS_WAIT_S), signal.SIGKILL)
-    except (ProcessLookupError, RayActorError):
-        pass
-    except GetTimeoutError:  # It has not come as far as telling its number.
+        pid = ray.get(handle.pid, timeout=STACKS_WAIT_S)
+    except RayActorError:
+        return None
+    except GetTimeoutError:  # It has not come as far as telling its number, or its machine cannot be reached.
         ray.kill(handle.actor)
+        return None
+    if handle.machine is not None:
+        return handle.machine.agent.kill.remote(pid)
+    return Here().kill(pid)
 
 
 def _stack(handle: RayHandle) -> str:
-    log = Path(handle.log)
     try:
-        before = log.stat().st_size
-        os.kill(ray.get(handle.pid, timeout=STACKS_WAIT_S), signal.SIGUSR1)
-    except (FileNotFoundError, GetTimeoutError, ProcessLookupError, RayActorError):
-        return "(the process has not started or is gone)"
-    end, size = time.monotonic() + STACKS_WAIT_S, before
-    while time.monotonic() < end:
-        time.sleep(0.05)
-        previous, size = size, log.stat().st_size
-        if size == previous > before:
-            break
-    with log.open("rb") as file:
-        file.seek(before)
-        stacks = file.read().decode(errors="replace").rstrip()
-    return stacks or "(the process does not react to signals: is it stopped?)"
+        return _on_its_machine(handle, "stack", ray.get(handle.pid, timeout=STACKS_WAIT_S), handle.log)
+    except UNREACHABLE:
+        where = "" if handle.machine is None else f", or {handle.machine.name} cannot be reached"
+        return f"(the process has not started or is gone{where})"

@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from megatron_pbsd.controller.placement import Demand
+
 
 class Future(Protocol):
     """A result that may not be there yet. `name`: the component that owes it."""
@@ -31,6 +33,27 @@ class Handle(Protocol):
 
     def ready(self) -> Future:
         """Done when the component has been constructed; fails with what its constructor raised."""
+
+
+class Machine(Protocol):
+    """One that components run on. device: the first of its GPUs that is meant for the component it was asked for;
+    None where that has not been decided."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def address(self) -> str:
+        """By which components elsewhere reach those on it."""
+
+    @property
+    def device(self) -> int | None: ...
+
+    def free_port(self) -> int:
+        """Of it, that nobody listens on at the moment."""
+
+    def memory_folder(self) -> str:
+        """A folder in its shared memory, the same for all components on it, until the runtime is closed."""
 
 
 class Client(Protocol):
@@ -60,6 +83,12 @@ class Runtime(Client, Protocol):
     def spawn(self, name: str, factory: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Handle:
         """Start `factory(*args, **kwargs)`, a picklable class or function, as component `name`, without waiting."""
 
+    def machine(self, name: str) -> Machine:
+        """Where component `name` is, or will be when it is spawned."""
+
+    def parts(self, name: str) -> list[str]:
+        """The components, each on a machine of its own, that engine `name` is made of, itself first."""
+
     def share(self, value: Any) -> Any:
         """Store an argument once for many receivers: pass what is returned, as an argument itself, in its place.
 
@@ -74,12 +103,22 @@ class Runtime(Client, Protocol):
     def __exit__(self, *exception: object) -> None: ...
 
 
-def open_runtime(kind: Literal["ray", "inline"], logs: Path, port: int | None = None) -> Runtime:
-    """Start a runtime. `logs`: folder for a log file per component. `port`: of the Ray head, None for any free one."""
+def open_runtime(
+    kind: Literal["ray", "inline"], logs: Path, port: int | None = None, address: str | None = None,
+    demand: Demand | None = None,
+) -> Runtime:
+    """Start a runtime. `logs`: folder for a log file per component. `port`: of the Ray head, None for any free one.
+
+    address: 'host:port' of a Ray cluster that exists and is to be joined; `demand` says what is spread over it.
+    """
     if kind == "inline":
         from megatron_pbsd.controller.inline import InlineRuntime
 
         return InlineRuntime()
+    if address is not None:
+        from megatron_pbsd.controller.joined_cluster import JoinedRay
+
+        return JoinedRay(logs, address, demand or Demand(0))
     from megatron_pbsd.controller.ray_cluster import RayRuntime
 
     return RayRuntime(logs, port)

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import random
-import socket
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,17 +10,13 @@ import numpy as np
 from megatron_pbsd.batch import Batch
 from megatron_pbsd.controller.group import Group
 from megatron_pbsd.controller.runtime import Runtime
-from megatron_pbsd.learner.errors import LearnerError
 
 if TYPE_CHECKING:
     from megatron_pbsd.learner.update import Update
     from megatron_pbsd.losses import Loss
-    from megatron_pbsd.resharding.manifest import WeightsManifest
+    from megatron_pbsd.platform.usage import MemoryUse
 
 
-PORTS = range(20_000, 32_768)
-"""Between those of Ray's workers and those that Linux gives to whoever asks for any: nobody else takes one by chance
-before rank 0 listens there."""
 LAST_WORD_S = 8.0
 """Ranks whose phase outlasts its deadline say which of them is at fault, which the driver cannot: it waits for that."""
 
@@ -41,10 +34,16 @@ class LearnerGroup(Group):
 
         deadline_s:  of the ranks' own phases; they are given a little longer to say what went wrong.
         """
-        rendezvous = f"tcp://127.0.0.1:{free_port()}"
+        machine = runtime.machine("learner-0")
+        rendezvous = f"tcp://{machine.address}:{machine.free_port()}"
         return cls(runtime, [
             runtime.spawn(f"learner-{rank}", factory, rank, rendezvous, **arguments) for rank in range(world_size)
         ], deadline_s + LAST_WORD_S)
+
+    def meeting_point(self) -> tuple[str, int]:
+        """Host and port where rank 0 may listen for others to come."""
+        machine = self._runtime.machine(self.names[0])
+        return machine.address, machine.free_port()
 
     def log_probs(self, batch: Batch) -> list[np.ndarray]:
         return self.call("log_probs", self._runtime.share(batch))[0]
@@ -58,13 +57,6 @@ class LearnerGroup(Group):
 
     def tensors(self) -> dict[str, tuple[str, tuple[int, ...]]]:
         return self.call("tensors")[0]
-
-    def publish(self, manifest: WeightsManifest) -> None:
-        self.call("publish", manifest)
-
-    def differing(self, manifest: WeightsManifest) -> list[str]:
-        """Tensors that some rank finds published with other bytes than it holds."""
-        return list(dict.fromkeys(name for names in self.call("differing", manifest) for name in names))
 
     def save(self, folder: str, wait: bool) -> None:
         """Every rank's part of a checkpoint into `folder`; `torch_dist.assemble` makes it one once all are there.
@@ -85,22 +77,16 @@ class LearnerGroup(Group):
     def replace_weights(self, folder: str, steps: int) -> None:
         self.call("replace_weights", folder, steps)
 
-    def release(self, phase: str) -> dict[str, int]:
+    def release(self, phase: str, keep: Sequence[str] = ()) -> dict[str, int]:
         """Bytes that the ranks give back together, by category."""
-        released = self.call("release", phase)
+        released = self.call("release", phase, keep)
         return {name: sum(rank[name] for rank in released) for name in released[0]}
 
-    def regain(self) -> None:
-        self.call("regain")
+    def regain(self, categories: Sequence[str] | None = None) -> None:
+        self.call("regain", categories)
+
+    def memory(self) -> list[MemoryUse]:
+        return self.call("memory")
 
     def close(self) -> None:
         self.call("close")
-
-
-def free_port() -> int:
-    """A TCP port of this machine that nobody listens on at the moment."""
-    for port in random.SystemRandom().sample(PORTS, len(PORTS)):
-        with socket.socket() as probe, suppress(OSError):
-            probe.bind(("", port))
-            return port
-    raise LearnerError(f"no TCP port from {PORTS.start} to {PORTS.stop - 1} is free")

@@ -24,28 +24,34 @@ from megatron_pbsd.config import LearnerConfig, ModelConfig
 from megatron_pbsd.learner import fields, metrics, microbatch, weights
 from megatron_pbsd.learner.balance import plan
 from megatron_pbsd.learner.blocks import Share, plan_blocks
+from megatron_pbsd.learner.categories import CATEGORIES
 from megatron_pbsd.learner.context_parallel import sum_over
 from megatron_pbsd.learner.cost import Cost
 from megatron_pbsd.learner.errors import LearnerError
-from megatron_pbsd.learner.memory import CATEGORIES, DeviceMemory
+from megatron_pbsd.learner.memory import DeviceMemory
 from megatron_pbsd.learner.microbatch import MicroBatch, Shape
 from megatron_pbsd.learner.model import Query, build_model, build_optimizer
 from megatron_pbsd.learner.optimizer_state import renew_masters
 from megatron_pbsd.learner.parallel_state import connect, context_group, disconnect
 from megatron_pbsd.learner.routing import Positions, forget_last, routers
 from megatron_pbsd.learner.saving import Saver
+from megatron_pbsd.learner.sending import Sending
 from megatron_pbsd.learner.state import LearnerState
 from megatron_pbsd.learner.token_table import TokenTable
 from megatron_pbsd.learner.update import Update
 from megatron_pbsd.learner.watchdog import Watchdog
 from megatron_pbsd.losses import Loss, LossInputs, LossOutput, token_weights
 from megatron_pbsd.models import family
-from megatron_pbsd.models.decoder import kept_in_float32
+from megatron_pbsd.models.decoder import Decoder, kept_in_float32
 from megatron_pbsd.models.hf_config import read
 from megatron_pbsd.models.parameters import ParameterMap, RankCoordinates
+from megatron_pbsd.models.sglang import ServerParallel
 from megatron_pbsd.models.transformer_engine import parameter_names
 from megatron_pbsd.platform import select
+from megatron_pbsd.platform.process_group import GroupPlace
+from megatron_pbsd.platform.usage import MemoryUse
 from megatron_pbsd.resharding.manifest import WeightsManifest
+from megatron_pbsd.resharding.stream import Bucket
 
 WEIGHTS_AND_STATE = tuple(name for name in CATEGORIES if name != "gradients")
 WEIGHTS = "weights"
@@ -94,6 +100,7 @@ class Learner:
                 else weights.random(self._shapes, hf["initializer_range"], seed))
             self._chunks = chunks
             self._model, self._optimizer, self._scheduler = build_optimizer(chunks, config, self.platform, total_steps)
+        self._sending = Sending(rank, self._parameters(hf, at), self.tensors(), self.device)
         self._memory = DeviceMemory(self._model, self._optimizer)
         self._state = LearnerState(
             chunks, maps, self._maps(hf, replace(at, cp=0, dp=0, expert_dp=0)), self._optimizer, self._scheduler,
@@ -177,15 +184,50 @@ class Learner:
         dtype = str(self._chunks[0].config.params_dtype).removeprefix("torch.")
         return {name: ("float32" if kept_in_float32(name) else dtype, shape) for name, shape in self._shapes.items()}
 
-    def publish(self, manifest: WeightsManifest) -> None:
-        """Write this rank's part of the weights into the shared segment."""
-        self._memory.require("publish", ("parameters",))
-        self._weights.publish(manifest)
+    def prepare(self, buckets: Sequence[Bucket]) -> None:
+        """In what parts weights leave from now on, by `gather` or `broadcast`. LearnerError when they are not ours."""
+        self._sending.prepare(buckets)
+
+    def gather(self, number: int) -> None:
+        """Write this rank's part of a bucket into shared memory."""
+        self._memory.require("gather", ("parameters",))
+        self._sending.gather(number)
 
     def differing(self, manifest: WeightsManifest) -> list[str]:
         """Tensors whose published bytes are not what this rank computes with; to be asked once all have published."""
         self._memory.require("differing", ("parameters",))
         return self._weights.differing(manifest)
+
+    def digests(self) -> dict[tuple[str, str], str]:
+        """See `Weights.digests`: equal on all ranks that have the same part."""
+        self._memory.require("digests", ("parameters",))
+        return self._weights.digests()
+
+    def open_group(self, place: GroupPlace) -> None:
+        """See `Sending`, as for the following."""
+        self._sending.open_group(place)
+
+    def divide(self, decoder: Decoder, server: ServerParallel, servers: int) -> None:
+        self._sending.divide(decoder, server, servers)
+
+    def scatter(self, number: int) -> dict[str, str]:
+        with self._phase("scatter", ("parameters", "communicators")), torch.no_grad():
+            return self._sending.scatter(number)
+
+    def broadcast(self, number: int) -> dict[str, str]:
+        with self._phase("broadcast", ("parameters", "communicators")), torch.no_grad():
+            return self._sending.broadcast(number)
+
+    def share(self, number: int, times: int) -> tuple[list[bytes], dict[str, str]]:
+        with self._phase("share", ("parameters", "communicators")), torch.no_grad():
+            return self._sending.share(number, times)
+
+    def store(self, number: int, path: str, held: Mapping[str, str]) -> dict[str, str]:
+        with self._phase("store", ("parameters", "communicators")), torch.no_grad():
+            return self._sending.store(number, path, held)
+
+    def sent(self) -> None:
+        self._sending.sent()
 
     def save(self, folder: str) -> None:
         """Begin to write this rank's part of a checkpoint into `folder`: model, optimizer, schedule and random numbers
@@ -232,6 +274,7 @@ class Learner:
             self._saver.saved()
         finally:
             forget_last(self._chunks)
+            self._sending.close_group()
             disconnect()
             self._watchdog.close()
 
@@ -244,10 +287,14 @@ class Learner:
             self._saver.copied()
             return self._memory.release(phase, keep)
 
-    def regain(self) -> None:
-        """Inverse of `release`: the same values, but gradients are zero."""
+    def regain(self, categories: Sequence[str] | None = None) -> None:
+        """Inverse of `release`: the same values, but gradients are zero. categories: None regains all."""
         with self._phase("regain"):
-            self._memory.regain()
+            self._memory.regain(CATEGORIES if categories is None else categories)
+
+    def memory(self) -> MemoryUse:
+        """What is in use where this rank computes, and what of it is the rank's."""
+        return self.platform.memory_use(self.device, self._memory.account(), self._memory.waiting())
 
     @contextmanager
     def _phase(self, name: str, needed: Sequence[str] = ()) -> Iterator[None]:
@@ -256,6 +303,15 @@ class Learner:
         self._saver.check()
         with self.platform.running(), self._watchdog.phase(name):
             yield
+
+    def _parameters(self, hf: Mapping[str, Any], at: RankCoordinates) -> dict[tuple[int, str], torch.Tensor]:
+        """By model chunk and the parameter map's own name."""
+        found = {}
+        for number, (chunk, parts) in enumerate(zip(self._chunks, self._maps(hf, at), strict=True)):
+            held = dict(weights.held_tensors(chunk))
+            names = self._family.pieces(hf, self.config.parallel, at, number)
+            found |= {(number, name): held[module] for name, module in zip(names, parts, strict=True)}
+        return found
 
     def _maps(self, hf: Mapping[str, Any], at: RankCoordinates) -> list[ParameterMap]:
         """What lies where in each model chunk of the rank at `at`, by the names that this platform's modules have."""

@@ -17,11 +17,10 @@ import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 
+from megatron_pbsd.learner.categories import CATEGORIES
 from megatron_pbsd.learner.errors import LearnerError
 from megatron_pbsd.learner.optimizer_state import parts
-
-CATEGORIES = ("parameters", "gradients", "master_weights", "optimizer_state", "communicators")
-"""master_weights: the optimizer's float32 copies of bfloat16 parameters. communicators: NCCL's buffers."""
+from megatron_pbsd.platform.usage import give_back_freed
 
 PIECE_BYTES = 1 << 28
 """Host copies are made in pieces: torch rounds each pinned allocation up to a power of two."""
@@ -53,6 +52,10 @@ class DeviceMemory:
             backend.memory_stats()["suspend"] for backend in _suspendable())
         return held
 
+    def waiting(self) -> dict[str, int]:
+        """Bytes of what is released that wait in host memory, by category."""
+        return {name: sum(emptied.waiting for emptied in storages) for name, storages in self._emptied.items()}
+
     def release(self, phase: str, keep: Collection[str] = ()) -> dict[str, int]:
         """Empty all categories but `keep`; bytes given back to the device, by category. May be called again for more.
 
@@ -72,6 +75,8 @@ class DeviceMemory:
             self._suspended = True
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
+        else:
+            give_back_freed()
         return released
 
     def regain(self, categories: Collection[str] = CATEGORIES) -> None:
@@ -145,6 +150,11 @@ class Emptied:
         if storage.device.type == "cuda":
             torch.cuda.synchronize()
         storage.resize_(0)
+
+    @property
+    def waiting(self) -> int:
+        """Bytes on the host."""
+        return sum(len(piece) for piece in self._pieces or ())
 
     def fill(self) -> None:
         self._storage.resize_(self._nbytes)

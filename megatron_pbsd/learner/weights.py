@@ -13,7 +13,8 @@ from megatron_pbsd.learner.errors import LearnerError
 from megatron_pbsd.models.decoder import initial_value
 from megatron_pbsd.models.errors import ModelError
 from megatron_pbsd.models.parameters import ParameterMap, Piece, local_shape
-from megatron_pbsd.resharding.manifest import WeightsManifest
+from megatron_pbsd.resharding.block_scale import same
+from megatron_pbsd.resharding.manifest import WeightsManifest, checksum
 from megatron_pbsd.resharding.shared_memory import attach
 
 VALUE_HEAD = "value_head."
@@ -63,31 +64,26 @@ class Weights:
                 end = piece.local_index[0].stop
                 tensor[end : end + piece.padding].zero_()
 
-    def publish(self, manifest: WeightsManifest) -> None:
-        """Write this rank's primary pieces into the manifest's segment; over all ranks each byte is written once.
+    def differing(self, manifest: WeightsManifest) -> list[str]:
+        """Hugging Face names of the manifest's tensors whose bytes there are not this rank's, replicas included; of
+        those in 8 bits, what this rank's become.
 
         LearnerError when the manifest was not made for this model.
         """
-        for piece, mine, shared in self._shared(manifest):
-            if piece.primary:
-                shared.copy_(mine)
-
-    def differing(self, manifest: WeightsManifest) -> list[str]:
-        """Hugging Face names of tensors whose published bytes are not this rank's, replicas included."""
-        return sorted({
-            piece.hf_name for piece, mine, shared in self._shared(manifest)
-            if not torch.equal(_bits(mine), _bits(shared))})
-
-    def _shared(self, manifest: WeightsManifest) -> Iterator[tuple[Piece, torch.Tensor, torch.Tensor]]:
-        """Each piece with its part of the parameter and of the segment."""
-        published = attach(manifest)
+        published, wrong = attach(manifest), set()
         for held, piece in self._parts:
-            tensor = published.get(piece.hf_name)
-            if tensor is None or tensor.dtype != held.dtype:
-                raise LearnerError(
-                    f"weights manifest: {piece.hf_name!r} is {'missing' if tensor is None else tensor.dtype}, "
-                    f"expected {held.dtype}")
-            yield piece, held.detach()[piece.local_index], tensor[piece.hf_index]
+            if (tensor := published.get(piece.hf_name)) is None:
+                continue
+            if tensor.dtype not in (held.dtype, torch.float8_e4m3fn):
+                raise LearnerError(f"weights manifest: {piece.hf_name!r} is {tensor.dtype}, expected {held.dtype}")
+            if not same(held.detach()[piece.local_index], piece.hf_name, piece.hf_index, published):
+                wrong.add(piece.hf_name)
+        return sorted(wrong)
+
+    def digests(self) -> dict[tuple[str, str], str]:
+        """Checksum of each part that this rank has of a tensor, by the tensor's name and which part it is."""
+        return {(piece.hf_name, str(piece.hf_index)): checksum(held.detach()[piece.local_index])
+                for held, piece in self._parts}
 
 
 def held_tensors(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
@@ -95,8 +91,3 @@ def held_tensors(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     yield from module.named_parameters()
     stored = module.state_dict().keys()
     yield from ((name, buffer) for name, buffer in module.named_buffers() if name in stored)
-
-
-def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    """Bytes instead of numbers: -0 is not 0, and NaN is NaN."""
-    return tensor.cpu().contiguous().view(torch.uint8)

@@ -179,8 +179,15 @@ def read(folder: str | Path) -> dict[str, Any]:
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise ModelError(f"{path} does not exist: model.path must be a folder in Hugging Face format")
+    return read_file(path)
+
+
+def read_file(path: Path) -> dict[str, Any]:
+    """A config.json by whatever name. ModelError naming the path when it cannot be read or is no JSON object."""
     try:
-        config = json.loads(path.read_text())
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read: {error.strerror}") from error
     except ValueError as error:
         raise ModelError(f"{path} is not JSON: {error}") from error
     if not isinstance(config, dict):

@@ -9,7 +9,9 @@ location`, `--ep-num-redundant-experts` 0).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from megatron_pbsd.models.decoder import Decoder, ExpertNames, Experts, hf_tensors
 from megatron_pbsd.models.errors import ModelError
@@ -44,6 +46,13 @@ class ServerParallel:
     @property
     def expert_tp(self) -> int:
         return self.tp // self.ep
+
+
+def server_of(arguments: Mapping[str, Any]) -> ServerParallel:
+    """The layout that SGLang's own arguments ask for, by the names of its ServerArgs."""
+    sizes = {key: int(arguments.get(f"{key}_size", 1)) for key in ("tp", "ep", "pp")}
+    replicas = int(arguments.get("dp_size", 1)) if arguments.get("enable_dp_attention") else 1
+    return ServerParallel(**sizes, dp_attention=replicas)
 
 
 def problems(decoder: Decoder, server: ServerParallel) -> list[str]:

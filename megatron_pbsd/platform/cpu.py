@@ -8,7 +8,7 @@ that another version of Megatron-core or torch fails here with its name, not lat
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ import torch
 
 from megatron_pbsd.errors import PbsdError
 from megatron_pbsd.platform.gloo import gather_uneven, reduce_scatter_uneven
+from megatron_pbsd.platform.usage import MemoryUse, of_process
 
 if TYPE_CHECKING:
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
@@ -212,6 +213,9 @@ class Cpu:
         from megatron_pbsd.platform.cpu_modules import layer_specs
 
         return layer_specs(config, vp_stage)
+
+    def memory_use(self, device: torch.device, held: Mapping[str, int], waiting: Mapping[str, int]) -> MemoryUse:
+        return of_process({name: held.get(name, 0) + waiting.get(name, 0) for name in {**held, **waiting}})
 
     def seed(self, seed: int) -> None:
         from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed

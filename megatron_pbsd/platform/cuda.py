@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
+
+from megatron_pbsd.platform.usage import MemoryUse, of_device
 
 if TYPE_CHECKING:
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
@@ -52,6 +54,9 @@ class Cuda:
         from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 
         return get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage)
+
+    def memory_use(self, device: torch.device, held: Mapping[str, int], waiting: Mapping[str, int]) -> MemoryUse:
+        return of_device(device, held)
 
     def seed(self, seed: int) -> None:
         from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed

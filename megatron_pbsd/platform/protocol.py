@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
+
+from megatron_pbsd.platform.usage import MemoryUse
 
 if TYPE_CHECKING:
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
@@ -46,6 +49,9 @@ class Platform(Protocol):
 
     def layer_specs(self, config: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
         """Modules of this (virtual) pipeline stage's decoder layers and final norm."""
+
+    def memory_use(self, device: torch.device, held: Mapping[str, int], waiting: Mapping[str, int]) -> MemoryUse:
+        """What is in use where this rank computes. held, waiting: by the rank, on the device and on the host."""
 
     def seed(self, seed: int) -> None:
         """Seed every generator that model-parallel code draws from."""

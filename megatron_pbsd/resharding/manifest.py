@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,24 +31,31 @@ class TensorEntry:
 class WeightsManifest:
     """segment: name of the shared-memory segment (resharding.shared_memory) that holds `entries`, in order.
 
-    nbytes: size of the segment, alignment gaps included.
+    nbytes: where the last of them ends, alignment gaps included.
     """
 
     segment: str
     entries: tuple[TensorEntry, ...]
     nbytes: int
 
+    @property
+    def described(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Tensor → dtype, shape."""
+        return {entry.name: (entry.dtype, tuple(entry.shape)) for entry in self.entries}
+
 
 ALIGNMENT = 64
 
 
-def layout(segment: str, tensors: dict[str, tuple[str, tuple[int, ...]]]) -> WeightsManifest:
-    """Give each tensor (name → dtype, shape) its aligned place."""
-    entries, offset = [], 0
+def layout(
+    segment: str, tensors: Mapping[str, tuple[str, tuple[int, ...]]], start: int = 0, alignment: int = ALIGNMENT
+) -> WeightsManifest:
+    """Give each tensor (name → dtype, shape) its aligned place, the first at byte `start`."""
+    entries, offset = [], start
     for name, (dtype, shape) in tensors.items():
         entry = TensorEntry(name, dtype, tuple(shape), offset)
         entries.append(entry)
-        offset += -(-entry.nbytes // ALIGNMENT) * ALIGNMENT
+        offset += -(-entry.nbytes // alignment) * alignment
     return WeightsManifest(segment, tuple(entries), offset)
 
 

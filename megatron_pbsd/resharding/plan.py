@@ -19,7 +19,7 @@ from itertools import product
 import numpy as np
 
 from megatron_pbsd.boxes import Box, intersection, size
-from megatron_pbsd.resharding.layouts import Kind, Layout, Numbers, Place, Slot
+from megatron_pbsd.resharding.layouts import LAYER, Kind, Layout, Numbers, Place, Slot
 from megatron_pbsd.resharding.manifest import ALIGNMENT
 from megatron_pbsd.resharding.sources import deal
 from megatron_pbsd.resharding.wire import FLOAT8, Wire, stored_dtype, whole_blocks, wire
@@ -156,19 +156,30 @@ class Plan:
         for row in np.flatnonzero(rows):
             yield from self._row(int(row))
 
-    def buckets(self, target: int) -> Iterator[list[Transfer]]:
-        """What a target rank receives, in the order of `transfers`, a bucket at a time: as many as fit, each with
-        `aligned` bytes."""
+    def buckets(self, target: int, whole: bool = False) -> Iterator[list[Transfer]]:
+        """What a target rank receives, a bucket at a time: as many transfers as fit, each with `aligned` bytes.
+
+        whole: no tensor is in two buckets, so that one that is larger than a bucket has one of its own; layer by layer,
+        after what belongs to none. Otherwise in the order of `transfers`.
+        """
         bucket: list[Transfer] = []
         free = self.bucket_bytes
-        for transfer in self.transfers(target=target):
-            if bucket and aligned(transfer.nbytes) > free:
+        for unit in self._tensors(target) if whole else ([transfer] for transfer in self.transfers(target=target)):
+            needed = aligned(sum(transfer.nbytes for transfer in unit))
+            if bucket and needed > free:
                 yield bucket
                 bucket, free = [], self.bucket_bytes
-            bucket.append(transfer)
-            free -= aligned(transfer.nbytes)
+            bucket += unit
+            free -= needed
         if bucket:
             yield bucket
+
+    def _tensors(self, target: int) -> list[list[Transfer]]:
+        """What a target rank receives, tensor by tensor."""
+        found: dict[str, list[Transfer]] = {}
+        for transfer in self.transfers(target=target):
+            found.setdefault(transfer.tensor, []).append(transfer)
+        return [found[name] for name in sorted(found, key=_layer)]
 
     def bucket_count(self, target: int) -> int:
         """How many `buckets` there are, without making their transfers."""
@@ -195,6 +206,11 @@ class Plan:
                 source, target, cell.kind.name.format(layer=layer, expert=expert), cell.box,
                 layout.place(slot, cell.box, layer, expert),
                 self.target_layout.place(cell.target, cell.box, layer, expert), cell.wire, cell.nbytes)
+
+
+def _layer(tensor: str) -> int:
+    layer = LAYER.search(tensor)
+    return int(layer[1]) if layer else -1
 
 
 def aligned(nbytes):

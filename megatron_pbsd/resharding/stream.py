@@ -1,99 +1,179 @@
-"""A plan carried out through shared memory: two buckets, of which one is filled while the other is read.
+"""A plan carried out bucket by bucket: whole tensors, which learner ranks put together from their parts.
 
-Learner ranks write their parts of a bucket straight from their parameters, engines copy each part straight into theirs:
-nowhere is there more of the model than two buckets. All engines with the same layout read the same buckets, and a plan
-for one of them serves all.
+SGLang's loaders take whole tensors, and checksums are of whole tensors: both are why none is in two buckets.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from megatron_pbsd.resharding.plan import Plan, Transfer, aligned
-from megatron_pbsd.resharding.shared_memory import Segment, mapped
+from megatron_pbsd.config import ParallelConfig
+from megatron_pbsd.models.decoder import Decoder, kept_in_float32
+from megatron_pbsd.resharding.block_scale import on_the_wire, sent_as
+from megatron_pbsd.resharding.layouts import embedded_layout, learner_layout
+from megatron_pbsd.resharding.manifest import TensorEntry, WeightsManifest, layout, view
+from megatron_pbsd.resharding.plan import Plan, Transfer, make_plan
+from megatron_pbsd.resharding.shared_memory import Mappings, Segment
 from megatron_pbsd.resharding.wire import Transform
 
 SLOTS = 2
-COPIED = (Transform.COPY, Transform.CAST_AT_SOURCE, Transform.CAST_AT_TARGET)
+SENDABLE = tuple(transform for transform in Transform if transform is not Transform.QUANTISE_AT_TARGET)
+ONE_NODE = 1 << 30
+"""Devices of a node, so many that all ranks are on one."""
+Described = Mapping[str, tuple[str, tuple[int, ...]]]
+"""Tensor → dtype, shape."""
 Wait = Callable[[], object]
 
 
+def plan_for(decoder: Decoder, parallel: ParallelConfig, tensors: Described, bucket_bytes: int | None,
+             target_dtype: str | None = None) -> Plan:
+    """From a learner to an engine that has each of `tensors` whole, as the learner has it, or as a model of
+    `target_dtype` has. bucket_bytes: None makes one bucket of everything. ModelError when the model cannot be divided
+    so."""
+    (dtype,) = {dtype for name, (dtype, _) in tensors.items() if not kept_in_float32(name)}
+    return make_plan(
+        learner_layout(decoder, parallel), embedded_layout(decoder, 1, device=parallel.world_size), source_dtype=dtype,
+        target_dtype=target_dtype or dtype, devices_per_node=ONE_NODE, bucket_bytes=bucket_bytes or 1 << 60)
+
+
 @dataclass(frozen=True)
-class Parcel:
-    """A transfer, and where in its bucket it lies (bytes from the start)."""
+class Bucket:
+    """Whole tensors that are moved together: where they lie in a bucket, and what learner ranks put there."""
 
-    transfer: Transfer
-    offset: int
+    manifest: WeightsManifest
+    transfers: tuple[Transfer, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """On the wire."""
+        return sum(transfer.nbytes for transfer in self.transfers)
 
 
-def parcels(plan: Plan, target: int) -> list[list[Parcel]]:
-    """What a target rank receives, bucket by bucket. ValueError when something has to be quantised: copying numbers
-    into shared memory does not."""
-    buckets = []
-    for bucket in plan.buckets(target):
-        offset, packed = 0, []
-        for transfer in bucket:
-            if transfer.wire.transform not in COPIED:
-                raise ValueError(f"{transfer.tensor}: {transfer.wire.transform}; shared memory takes tensors that are "
-                                 f"{' or '.join(COPIED)}")
-            packed.append(Parcel(transfer, offset))
-            offset += aligned(transfer.nbytes)
-        buckets.append(packed)
+def divided(plan: Plan) -> list[tuple[Transfer, ...]]:
+    """What is moved together. ValueError when a block that shares a scale is divided over ranks: whole tensors are put
+    together of what these send."""
+    buckets = [tuple(bucket) for bucket in plan.buckets(0, whole=True)]
+    for transfer in (transfer for bucket in buckets for transfer in bucket):
+        if transfer.wire.transform not in SENDABLE:
+            raise ValueError(f"{transfer.tensor}: {transfer.wire.transform}; buckets take tensors that are "
+                             f"{' or '.join(SENDABLE)}")
     return buckets
 
 
-class Buckets:
-    """Owns `SLOTS` buckets in shared memory until `close`. Picklable are only `segment` and `nbytes`."""
+def described(transfers: Sequence[Transfer]) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """The tensors that these make, all of whose parts are among them, as they are sent."""
+    found: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for transfer in transfers:
+        for name, dtype, box in sent_as(transfer.tensor, transfer.box, transfer.wire):
+            ends = tuple(part.stop for part in box)
+            _, known = found.get(name, ("", ends))
+            found[name] = dtype, tuple(map(max, ends, known))
+    return found
 
-    def __init__(self, buckets: Sequence[Sequence[Parcel]]):
-        self.nbytes = max((aligned(bucket[-1].offset + bucket[-1].transfer.nbytes) for bucket in buckets), default=0)
-        """Of one bucket."""
-        self._segment = Segment(SLOTS * self.nbytes)
-        self.segment = self._segment.name
+
+def messages(plan: Plan) -> list[Bucket]:
+    """Buckets without gaps, each from byte 0 on: what is sent as one tensor of bytes. Of the widest numbers first, so
+    that all are aligned."""
+    made = []
+    for transfers in divided(plan):
+        tensors = described(transfers)
+        widest = sorted(tensors, key=lambda name: -getattr(torch, tensors[name][0]).itemsize)
+        made.append(Bucket(layout("", {name: tensors[name] for name in widest}, alignment=1), transfers))
+    return made
+
+
+def slots(buckets: Sequence[Described]) -> tuple[int, int]:
+    """How many buckets are held at a time, and bytes for each."""
+    return min(SLOTS, len(buckets)), max(layout("", tensors).nbytes for tensors in buckets)
+
+
+class Buckets:
+    """Owns a segment with room for `SLOTS` buckets until `close`; bucket n lies in slot n modulo `SLOTS`."""
+
+    def __init__(self, plan: Plan):
+        parts = divided(plan)
+        tensors = [described(transfers) for transfers in parts]
+        self.slots, self.nbytes = slots(tensors)
+        self._segment = Segment(self.slots * self.nbytes)
+        name = self._segment.name
+        self.buckets = [Bucket(layout(name, each, start=number % SLOTS * self.nbytes), transfers)
+                        for number, (each, transfers) in enumerate(zip(tensors, parts, strict=True))]
 
     def close(self) -> None:
         self._segment.close()
 
 
-class Sender:
-    """What learner rank `rank` puts into the buckets.
+class Parts:
+    """What learner rank `rank` has of each bucket. parameters: by model chunk and the parameter map's name."""
 
-    parameters: by model chunk and Megatron's name.
-    """
-
-    def __init__(
-        self, buckets: Sequence[Sequence[Parcel]], rank: int, parameters: Mapping[tuple[int, str], torch.Tensor],
-        segment: str, nbytes: int,
-    ):
-        self._slots = _Slots(segment, nbytes)
+    def __init__(self, buckets: Sequence[Bucket], rank: int, parameters: Mapping[tuple[int, str], torch.Tensor]):
+        self.buckets = list(buckets)
         self._parts = [[
-            (parcel, parameters[place.chunk, place.name].detach()[place.box])
-            for parcel in bucket if parcel.transfer.source == rank for place in [parcel.transfer.source_place]]
+            (transfer, parameters[place.chunk, place.name].detach()[place.box])
+            for transfer in bucket.transfers if transfer.source == rank for place in [transfer.source_place]]
             for bucket in buckets]
+        self._mappings = Mappings()
+        self._places: dict[int, list[list[torch.Tensor]]] = {}
 
     def gather(self, number: int) -> None:
-        """Fill this rank's part of a bucket, whose slot nobody reads any more."""
-        for parcel, part in self._parts[number]:
-            self._slots.view(number, parcel, part.shape).copy_(part)
+        """Fill this rank's part of a bucket in shared memory, whose slot nobody reads any more."""
+        if number not in self._places:
+            self._places[number] = self._where(number, self._mappings.tensors(self.buckets[number].manifest))
+        self._fill(number, self._places[number])
+
+    def pack(self, number: int) -> torch.Tensor | None:
+        """This rank's parts of a bucket end to end, uint8 [N]; None when there are none."""
+        return end_to_end(
+            sent for transfer, part in self._parts[number] for sent in on_the_wire(part, transfer.wire))
+
+    def write(self, number: int, flat: torch.Tensor) -> None:
+        """This rank's parts into a bucket, uint8 [at least its bytes]."""
+        self._fill(number, self._where(number, tensors_in(flat, self.buckets[number].manifest.entries)))
+
+    def _where(self, number: int, tensors: Mapping[str, torch.Tensor]) -> list[list[torch.Tensor]]:
+        """Of each part, in these tensors."""
+        return [[tensors[name][box] for name, _, box in sent_as(transfer.tensor, transfer.box, transfer.wire)]
+                for transfer, _ in self._parts[number]]
+
+    def _fill(self, number: int, places: list[list[torch.Tensor]]) -> None:
+        for made, (transfer, part) in zip(places, self._parts[number], strict=True):
+            # Casts need no copy of their own.
+            sent = (part,) if transfer.wire.block is None else on_the_wire(part, transfer.wire)
+            for place, numbers in zip(made, sent, strict=True):
+                place.copy_(numbers)
 
 
-class Receiver:
-    """What an engine's rank takes out of the buckets. parameters: by the names of its layout."""
+def end_to_end(parts: Iterable[torch.Tensor]) -> torch.Tensor | None:
+    """The bytes of all, uint8 [N]; None when there are none."""
+    flat = [part.contiguous().view(-1).view(torch.uint8) for part in parts]
+    return torch.cat(flat) if flat else None
 
-    def __init__(
-        self, buckets: Sequence[Sequence[Parcel]], parameters: Mapping[str, torch.Tensor], segment: str, nbytes: int
-    ):
-        self._slots = _Slots(segment, nbytes)
-        self._parts = [[(parcel, parameters[place.name].detach()[place.box])
-                        for parcel in bucket for place in [parcel.transfer.target_place]] for bucket in buckets]
 
-    def load(self, number: int) -> None:
-        """Copy a bucket, which all senders have filled, into the parameters."""
-        for parcel, part in self._parts[number]:
-            part.copy_(self._slots.view(number, parcel, part.shape))
+def sent_by(bucket: Bucket) -> dict[int, int]:
+    """Bytes that each learner rank has of a bucket, by rank."""
+    found: dict[int, int] = {}
+    for transfer in bucket.transfers:
+        found[transfer.source] = found.get(transfer.source, 0) + transfer.nbytes
+    return found
+
+
+def unpack(bucket: Bucket, source: int, packed: torch.Tensor, flat: torch.Tensor) -> None:
+    """Into the bucket `flat` what rank `source` has packed."""
+    tensors, start = tensors_in(flat, bucket.manifest.entries), 0
+    for transfer in (transfer for transfer in bucket.transfers if transfer.source == source):
+        for name, _, box in sent_as(transfer.tensor, transfer.box, transfer.wire):
+            place = tensors[name][box]
+            part = packed[start : start + place.nbytes].view(torch.uint8)
+            place.copy_(part.clone().view(place.dtype).view(place.shape))
+            start += place.nbytes
+
+
+def tensors_in(flat: torch.Tensor, entries: Sequence[TensorEntry]) -> dict[str, torch.Tensor]:
+    """Tensors that share the memory of a bucket."""
+    return {entry.name: view(flat, entry) for entry in entries}
 
 
 def overlapped(count: int, gather: Callable[[int], Wait], load: Callable[[int], Wait]) -> None:
@@ -108,14 +188,3 @@ def overlapped(count: int, gather: Callable[[int], Wait], load: Callable[[int], 
         loaded = load(number)
         gathered = gather(number + 1) if number + 1 < count else None
         loaded()
-
-
-class _Slots:
-    def __init__(self, segment: str, nbytes: int):
-        self._flat, self._nbytes = mapped(segment, SLOTS * nbytes), nbytes
-
-    def view(self, number: int, parcel: Parcel, shape: torch.Size) -> torch.Tensor:
-        """The parcel's bytes in the slot of bucket `number` as numbers of what is sent."""
-        start = number % SLOTS * self._nbytes + parcel.offset
-        dtype = getattr(torch, parcel.transfer.wire.dtype)
-        return self._flat[start : start + parcel.transfer.nbytes].view(dtype).view(shape)

@@ -40,7 +40,7 @@ class Dispatcher:
         self._read: dict[str, int] = {}
         self._exchange = Exchange() if config.speculation.enabled else None
         self.activity = Activity()
-        self.moves = self.recomputed_tokens = 0
+        self.moves = self.recomputed_tokens = self._placed = 0
         self._kv_tokens = max((s.kv_tokens for s in statistics.values()), default=0)
         for name in engines.handles:
             self._joined(name)
@@ -129,11 +129,13 @@ class Dispatcher:
         if assignment.leaves is not None:
             left = self._work[assignment.leaves]
             (left.releases if source is None else left.hand_overs).append(request_id)
-        self._work[assignment.engine].starts.append((request_id, assignment.max_tokens, source))
+        # What the scheduler has placed first is the most urgent.
+        self._placed += 1
+        self._work[assignment.engine].starts.append((request_id, assignment.max_tokens, source, -self._placed))
 
     def _pump(self, name: str) -> None:
         work = self._work[name]
-        chunks = [self._episodes[request_id].next_chunk(tokens, source) for request_id, tokens, source in work.starts]
+        chunks = [self._episodes[request_id].next_chunk(*how) for request_id, *how in work.starts]
         if self._exchange is not None:
             chunks = [self._exchange.sent(name, chunk) for chunk in chunks]
         start_ns = time.time_ns()
@@ -185,10 +187,10 @@ class Dispatcher:
 
 @dataclass
 class _Work:
-    """What an engine's next call will tell it. starts: request, most tokens of the chunk, where its KV is parked.
-    leaving: there will be no more."""
+    """What an engine's next call will tell it. starts: request, and of its chunk the most tokens, where its KV is
+    parked, and the priority. leaving: there will be no more."""
 
-    starts: list[tuple[str, int | None, str | None]] = field(default_factory=list)
+    starts: list[tuple[str, int | None, str | None, int]] = field(default_factory=list)
     releases: list[str] = field(default_factory=list)
     hand_overs: list[str] = field(default_factory=list)
     leaving: bool = False

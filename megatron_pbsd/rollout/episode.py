@@ -96,15 +96,15 @@ class Episode:
         """Tokens that the present turn may still have."""
         return min(self._limits.max_turn_tokens - len(self._tokens), self._limits.max_context - len(self._context))
 
-    def next_chunk(self, max_tokens: int | None = None, kv_from: str | None = None) -> Chunk:
-        """max_tokens: of this chunk, if it is to end before the turn has to. kv_from: see `Chunk`."""
+    def next_chunk(self, max_tokens: int | None = None, kv_from: str | None = None, priority: int = 0) -> Chunk:
+        """max_tokens: of this chunk, if it is to end before the turn has to. kv_from, priority: see `Chunk`."""
         start, room = self._start, self.room
         room = room if max_tokens is None else min(room, max_tokens)
         # Other steps have groups of the same id, with other prompts.
         group = start.trajectory_id.rpartition("/")[0]
         return Chunk(start.trajectory_id, tuple(self._context), room, start.seed, start.temperature,
                      start.stop_token_ids, self._routed if start.routed_experts else None,
-                     kv_from, group)
+                     kv_from, group, priority=priority)
 
     @property
     def _routed(self) -> int:

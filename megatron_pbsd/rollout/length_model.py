@@ -14,6 +14,7 @@ from math import erfc, exp, log, pi, sqrt
 from statistics import NormalDist
 
 from megatron_pbsd.rollout.length_context import Calibration
+from megatron_pbsd.rollout.length_correlation import LengthCorrelation
 
 PRIOR_WEIGHT = 20
 """Observations that the assumed variances count as."""
@@ -46,13 +47,14 @@ class _Group:
 
 class LengthModel:
     """limit: most tokens of a request. prior: group → length in an earlier epoch, which counts as one observation.
+    share: part of the variance of log lengths that was between groups in an earlier rollout; None: there was none.
 
     What is predicted is the mean of two lengths: that which few like it exceed, and that which one of all requests of
     the rollout exceeds, because it ends with the last of them, and being late with a long one costs more than being
     early with many short ones. Of a group with an earlier answer it is the first alone: enough is known of it.
     """
 
-    def __init__(self, limit: int, prior: Mapping[str, int] | None = None):
+    def __init__(self, limit: int, prior: Mapping[str, int] | None = None, share: float | None = None):
         self._limit = limit
         self._groups: dict[str, _Group] = {}
         self._prior = {group: log(tokens) for group, tokens in (prior or {}).items()}
@@ -61,6 +63,7 @@ class LengthModel:
         for earlier in self._prior.values():
             self._population.finished(0.0, earlier)
         self._within, self._within_count = WITHIN * PRIOR_WEIGHT, PRIOR_WEIGHT
+        self.correlation = LengthCorrelation(limit, share)
         self.calibration = Calibration()
 
     def _group(self, group_id: str) -> _Group:
@@ -84,7 +87,9 @@ class LengthModel:
     def reached(self, group_id: str, request_id: str, tokens: int) -> bool:
         """It has so many tokens and goes on. Returns whether that says something new about its siblings."""
         group, reached = self._groups[group_id], log(tokens)
-        self._population.reached(group.running.get(request_id, 0.0), reached)
+        before = group.running.get(request_id, 0.0)
+        self._population.reached(before, reached)
+        self.correlation.moved(group_id, before, reached)
         group.running[request_id] = reached
         surprising = group.estimate is not None and reached > max(group.estimate[0], group.farthest + NEWS)
         if surprising:
@@ -97,7 +102,9 @@ class LengthModel:
         group, length = self._group(group_id), log(max(tokens, 1))
         if self.known(group_id):
             self._calibrate(group, tokens)
-        self._population.finished(group.running.pop(request_id, 0.0), length)
+        before = group.running.pop(request_id, 0.0)
+        self._population.finished(before, length)
+        self.correlation.finished(group_id, before, length)
         group.finished += 1
         group.total += length
         group.squares += length * length
@@ -128,6 +135,15 @@ class LengthModel:
         if likely >= room or group_id in self._prior:
             return likely
         return (likely + self._exceeded(min(RISK, 1 / self._requests) * beyond, mean, deviation, tokens)) / 2
+
+    def urgency(self, group_id: str, tokens: int) -> float:
+        """What to rank by: the likely remaining length as far as siblings are alike, and as far as they are not, all
+        that the limit leaves, under which those that have least go first. Who outlives those is long."""
+        room = self._limit - tokens
+        if not self.known(group_id):
+            return room
+        weight = self.correlation.weight
+        return weight * self.remaining(group_id, tokens) + (1 - weight) * room
 
     def _exceeded(self, chance: float, mean: float, deviation: float, tokens: int) -> float:
         """Tokens beyond those it has up to the length that is exceeded with this chance."""

@@ -32,6 +32,7 @@ class Request:
     holder:          the engine that ran its last chunk and may hold its KV.
     ticket:          number of its present or latest wait.
     entry:           number of its latest entry in a queue.
+    place:           among its group, for policies that ask.
     """
 
     request_id: str
@@ -42,6 +43,7 @@ class Request:
     generated: int = 0
     ticket: int = 0
     entry: int = 0
+    place: int = 0
     waiting: bool = False
     engine: EngineLoad | None = None
     holder: EngineLoad | None = None

@@ -8,7 +8,8 @@ from scripted_rollout import ScriptedEngine
 
 from megatron_pbsd.batch import Batch
 from megatron_pbsd.controller.failures import ComponentDied, DeadlineExpired, PeersHung
-from megatron_pbsd.controller.inline import InlineRuntime
+from megatron_pbsd.controller.inline import InlineHandle, InlineRuntime
+from megatron_pbsd.errors import Lost
 from megatron_pbsd.learner.group import LearnerGroup
 from megatron_pbsd.rollout.engine_group import EngineGroup
 
@@ -44,9 +45,6 @@ class Rank:
     def tensors(self):
         return {"w": ("float32", (2, 3))}
 
-    def publish(self, manifest):
-        self.published = manifest
-
     def differing(self, manifest):
         return [f"tensor-{self.rank}", "shared"]
 
@@ -70,7 +68,8 @@ def test_all_ranks_are_called_and_rank_0_answers(runtime, tmp_path):
     assert [list(values) for values in group.log_probs(BATCH)] == [[3, 3, 3], [1]]
     assert group.step(BATCH) == {"tokens": 4.0}
     assert group.tensors() == {"w": ("float32", (2, 3))}
-    assert group.differing(None) == ["tensor-0", "shared", "tensor-1", "tensor-2"]
+    assert group.wait("differing", group.start("differing", None, only=["learner-0", "learner-2"])) == [
+        ["tensor-0", "shared"], ["tensor-2", "shared"]]
     group.save(str(tmp_path), wait=False)
     assert len({file.read_text() for file in tmp_path.iterdir()}) == 1
     assert sorted(file.name for file in tmp_path.iterdir()) == ["0", "1", "2"]
@@ -125,7 +124,39 @@ def test_engines_are_called_together(runtime):
     group = EngineGroup.spawn(runtime, ScriptedEngine, count=2, deadline_s=60.0)
     group.ready()
     assert group.names == ["engine-0", "engine-1"]
-    group.update_weights(None, 7)
+    group.call("update_weights", None, 7)
     assert group.checksums() == [{"weights": "7"}] * 2
     assert [len(scores[0]) for scores in group.score([[1, 2, 3]])] == [3, 3]
     assert [s.version for s in group.statistics()] == [7, 7]
+
+
+class TwoMachines(InlineRuntime):
+    def parts(self, name):
+        return [name, f"{name}.node1"]
+
+
+class Part(ScriptedEngine):
+    def __init__(self, name, meeting, number=0):
+        self.about = name, meeting, number
+
+    def which(self):
+        return self.about
+
+    def die(self):
+        raise Lost(self.about[0], "its processes ended", ["last words"])
+
+
+def test_an_engine_is_dead_when_its_part_on_another_machine_is():
+    runtime = TwoMachines()
+    started = []
+    group = EngineGroup.spawn(runtime, Part, count=2, deadline_s=60.0,
+                              member=lambda **arguments: started.append(Part(**arguments)) or started[-1])
+    group.ready()
+    assert group.names == ["engine-0", "engine-1"]
+    (name, meeting, number), other = (part.about for part in started)
+    assert (name, number, meeting.machines) == ("engine-0.node1", 1, 2) and other[1].port != meeting.port
+    with pytest.raises(ComponentDied, match="^engine-1 died: engine-1.node1 died: its processes ended") as death:
+        group.wait("rollout", [InlineHandle("engine-1.node1", started[1]).call("die")])
+    assert (death.value.name, death.value.last_lines) == ("engine-1", ("last words",))
+    group.restart("engine-1")
+    assert started[2].about[0] == "engine-1.node1" and started[2].about[1].port != other[1].port

@@ -20,7 +20,7 @@ MODELS = {
 """name → family and what differs from its tiny model; eight layers are four pipeline ranks of two chunks each."""
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def ranks():
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     pool = RankPool(4)

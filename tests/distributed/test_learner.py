@@ -9,11 +9,19 @@ from safetensors import safe_open
 
 from megatron_pbsd.batch import Batch
 from megatron_pbsd.config import LearnerConfig, MoEConfig, ParallelConfig, PolicyLossConfig
-from megatron_pbsd.resharding.manifest import layout
-from megatron_pbsd.resharding.shared_memory import Segment, attach
+from megatron_pbsd.resharding.shared_memory import attach
 from tests.distributed.layouts import DENSE, MOE, ONE
 from tests.distributed.reference import next_token_log_probs, sft_loss, transformers_model
-from tests.distributed.training import BUDGET, LOSSES, OPTIMIZER, assert_same_run, learner_of, make_batch, train
+from tests.distributed.training import (
+    BUDGET,
+    LOSSES,
+    OPTIMIZER,
+    assert_same_run,
+    learner_of,
+    make_batch,
+    shared_bucket,
+    train,
+)
 
 SETTINGS = LearnerConfig(parallel=ONE, optimizer=OPTIMIZER, micro_batch_tokens=BUDGET)
 
@@ -218,20 +226,15 @@ def step_without_advantages(rank, rendezvous, folder):
 
 
 def test_damage_to_published_weights_is_found_by_the_ranks_that_hold_them(ranks, folders):
-    segment = Segment(1 << 20)
-    try:
-        results = ranks.run(find_damage, 2, folders["tied"], but(parallel=DENSE["tp2"]), segment.name)
-    finally:
-        segment.close()
+    results = ranks.run(find_damage, 2, folders["tied"], but(parallel=DENSE["tp2"]))
     assert results == [([], ["model.norm.weight"]), ([], ["model.embed_tokens.weight", "model.norm.weight"])]
 
 
-def find_damage(rank, rendezvous, folder, settings, segment):
+def find_damage(rank, rendezvous, folder, settings):
     import torch.distributed as dist
 
-    with learner_of(rank, rendezvous, folder, settings) as learner:
-        manifest = layout(segment, learner.tensors())
-        learner.publish(manifest)
+    with learner_of(rank, rendezvous, folder, settings) as learner, shared_bucket(learner, rank) as manifest:
+        learner.gather(0)
         dist.barrier()
         intact = learner.differing(manifest)
         dist.barrier()

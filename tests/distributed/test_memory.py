@@ -239,7 +239,7 @@ def refusals(rank, rendezvous, folder):
         learner.release("the rollout")
         attempt(lambda: learner.log_probs(batch()))
         attempt(lambda: learner._model[0](None, None, None, None))
-        attempt(lambda: learner.publish(None))
+        attempt(lambda: learner.gather(0))
         attempt(lambda: learner.save("nowhere"))
         attempt(lambda: memory.release("the rollout", keep=("paramters",)))
         attempt(lambda: memory.regain(("weights",)))
@@ -258,7 +258,7 @@ def test_use_of_released_memory_is_refused(ranks, folders):
         f"step needs gradients, optimizer_state, {released}",
         f"score needs parameters, communicators, {released}",
         f"the forward pass needs parameters, gradients, communicators, {released}",
-        f"publish needs parameters, {released}",
+        f"gather needs parameters, {released}",
         f"save needs parameters, optimizer_state, communicators, {released}",
         "no such categories of device memory: ['paramters']; there are parameters, gradients, master_weights, "
         "optimizer_state, communicators",

@@ -20,7 +20,7 @@ from rank_pool import RankPool
 
 from megatron_pbsd.batch import Batch
 from megatron_pbsd.config import ParallelConfig
-from megatron_pbsd.learner.group import free_port
+from megatron_pbsd.ports import free_port
 
 DEADLINE_S = 0.8
 LONG_S = 60.0

@@ -20,8 +20,9 @@ from megatron_pbsd.config import (
     SFTConfig,
     TokenTISConfig,
 )
-from megatron_pbsd.resharding.manifest import layout
-from megatron_pbsd.resharding.shared_memory import Segment, attach
+from megatron_pbsd.resharding.manifest import WeightsManifest
+from megatron_pbsd.resharding.shared_memory import attach
+from megatron_pbsd.resharding.stream import Buckets, plan_for
 
 if TYPE_CHECKING:
     from megatron_pbsd.learner.learner import Learner
@@ -103,23 +104,35 @@ def train(rank, rendezvous, folder, settings: LearnerConfig, loss, initial="load
 
 
 def published(learner, rank):
-    """All weights as one rank after another wrote them into one segment."""
+    """All weights as the ranks together write them into one segment."""
     import torch.distributed as dist
 
-    segment = Segment(layout("", learner.tensors()).nbytes) if rank == 0 else None
-    name = [segment.name if segment else None]
-    dist.broadcast_object_list(name)
-    manifest = layout(name[0], learner.tensors())
-    learner.publish(manifest)
-    dist.barrier()
-    differing = learner.differing(manifest)
-    assert differing == [], differing
-    dist.barrier()
-    if rank != 0:
-        return None
-    tensors = {name: tensor.clone().float().numpy() for name, tensor in attach(manifest).items()}
-    segment.close()
-    return tensors
+    with shared_bucket(learner, rank) as manifest:
+        learner.gather(0)
+        dist.barrier()
+        differing = learner.differing(manifest)
+        assert differing == [], differing
+        dist.barrier()
+        if rank != 0:
+            return None
+        return {name: tensor.clone().float().numpy() for name, tensor in attach(manifest).items()}
+
+
+@contextmanager
+def shared_bucket(learner, rank) -> Iterator[WeightsManifest]:
+    """All tensors as one bucket in shared memory, which the learner is prepared for."""
+    import torch.distributed as dist
+
+    plan = plan_for(learner._state._decoder, learner.config.parallel, learner.tensors(), None)
+    owner = Buckets(plan) if rank == 0 else None
+    made = [owner.buckets if owner else None]
+    dist.broadcast_object_list(made)
+    learner.prepare(made[0])
+    try:
+        yield made[0][0].manifest
+    finally:
+        if owner:
+            owner.close()
 
 
 def assert_same_run(results, expected, rtol=1e-5, atol=2e-6):

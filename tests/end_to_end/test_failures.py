@@ -66,7 +66,7 @@ def test_engines_that_die_are_started_anew(pbsd):
     code, errors = run.finish()
     assert code == 0, errors
     assert errors.count("engine-0 died: ") == errors.count("engine-1 died: ") == 2
-    assert "started anew, which may happen 0 more times" in errors
+    assert re.search(r"started anew( in \d+ s)?, which may happen 0 more times", errors)
     rows = run.rows()
     assert [row["step"] for row in rows] == [row["step"] for row in whole]
     for ours, theirs in zip(rows[1:], whole[1:], strict=True):
@@ -82,7 +82,7 @@ def test_engines_that_die_are_started_anew(pbsd):
 def test_engines_that_hang_are_started_anew(pbsd):
     """SIGSTOP to one while it has chunks, to the other after a rollout, so that weights cannot be given to it. The run
     comes to what it would have come to; a third hang ends it."""
-    options = (*SMALL, "--checkpoint.every", "0", "--rollout.policy", "longest_remaining", "--rollout.deadline_s", "20",
+    options = (*SMALL, "--checkpoint.every", "0", "--rollout.policy", "longest_remaining", "--rollout.deadline_s", "40",
                "--steps", "16")
     whole = pbsd("unhung", *options).succeed()
     run = pbsd("engines-hang", *options)
@@ -102,10 +102,10 @@ def test_engines_that_hang_are_started_anew(pbsd):
     family = run.family()
     code, errors = run.finish()
     assert code == 1 and none_left(family)
-    assert errors.count("engine-0 died: it hung, with no answer for 20 s") == 1
-    assert errors.count("engine-1 died: it hung, with no answer for 20 s") == 1
-    assert "started anew, which may happen 0 more times" in errors
-    assert "no answer within 20 s from engine-0" in errors and "Traceback" not in errors
+    assert errors.count("engine-0 died: it hung, with no answer for 40 s") == 1
+    assert errors.count("engine-1 died: it hung, with no answer for 40 s") == 1
+    assert re.search(r"started anew( in \d+ s)?, which may happen 0 more times", errors)
+    assert "no answer within 40 s from engine-0" in errors and "Traceback" not in errors
     rows = run.rows()
     for ours, theirs in zip(rows[1:], whole[1:], strict=False):
         for key in ("reward/mean", "loss/total", "grad_norm", "rollout/tokens"):

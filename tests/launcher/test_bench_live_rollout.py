@@ -6,7 +6,7 @@ from launcher.bench import live_rollout
 from launcher.bench.live_rollout import OneTurn, config, save_model, start_engines, summary
 from megatron_pbsd.controller.inline import InlineRuntime
 from megatron_pbsd.environments.protocol import Task
-from megatron_pbsd.resharding.shared_memory import SharedFolder
+from megatron_pbsd.resharding.shared_folder import SharedFolder
 from megatron_pbsd.rollout.coordinator import CollectStatistics, Coordinator, RolloutRequest
 from megatron_pbsd.rollout.engines.embedded.kv_pool import PoolPlace
 

@@ -7,7 +7,7 @@ import pytest
 from launcher.bench.live_rollout import OneTurn, save_model, start_engines
 from launcher.bench.partial import LENGTHS, MODES, Mode, config, published, summary
 from megatron_pbsd.controller.inline import InlineRuntime
-from megatron_pbsd.resharding.shared_memory import SharedFolder
+from megatron_pbsd.resharding.shared_folder import SharedFolder
 from megatron_pbsd.rollout.coordinator import Coordinator
 from megatron_pbsd.rollout.engines.embedded.kv_pool import PoolPlace
 from megatron_pbsd.simulation.workload import jobs

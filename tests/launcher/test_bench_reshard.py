@@ -11,9 +11,9 @@ pytestmark = pytest.mark.slow
 
 
 def test_publication_between_processes():
-    """Bit for bit, or it raises."""
+    """Bit for bit, or it raises. The embedding is the largest tensor, and has a bucket to itself."""
     found = reshard.publication(TINY_EXPERTS | {"hidden_size": 512}, bucket_bytes=1 << 20, rounds=2)
-    assert found["buckets"] > 5 and found["bucket_mb"] <= 1 and found["extra_buckets"] >= 2
+    assert found["buckets"] > 5 and found["bucket_mb"] == 4 and found["extra_buckets"] >= 2
     assert 0 < found["memcpy_ratio"] <= 2
 
 

@@ -50,7 +50,7 @@ def test_overrides_are_told_from_the_command_line():
 
 def test_train_hands_over_the_resolved_configuration(config_file, train_with, tmp_path):
     calls = []
-    train_with(lambda config, resume: calls.append((config, resume)))
+    train_with(lambda config, resume, *_: calls.append((config, resume)) or config.steps)
     assert main(["train", config_file, "--steps", "5", "--resume", "--rollout.slots=9"]) == 0
     (config, resume), = calls
     assert (config.steps, config.rollout.slots, resume) == (5, 9, "latest")
@@ -64,7 +64,7 @@ def test_train_hands_over_the_resolved_configuration(config_file, train_with, tm
 ])
 def test_a_checkpoint_to_resume_from_may_follow(config_file, train_with, arguments, chosen):
     calls = []
-    train_with(lambda config, resume: calls.append(resume))
+    train_with(lambda config, resume, *_: calls.append(resume) or config.steps)
     assert main(["train", *arguments]) == 0
     assert calls == [chosen]
 
@@ -77,7 +77,7 @@ def test_wrong_configuration_is_exit_2_with_one_message(config_file, capsys):
 
 
 def test_failed_run_is_exit_1_and_keeps_the_traceback(config_file, train_with, tmp_path, capsys):
-    def fail(config, resume):
+    def fail(config, *_):
         raise EngineDown("engine 1 did not answer for 300 s")
     train_with(fail)
     assert main(["train", config_file]) == 1
@@ -87,14 +87,14 @@ def test_failed_run_is_exit_1_and_keeps_the_traceback(config_file, train_with, t
 
 
 def test_bug_is_exit_1_too(config_file, train_with, tmp_path, capsys):
-    train_with(lambda config, resume: 1 / 0)
+    train_with(lambda *_: 1 / 0)
     assert main(["train", config_file]) == 1
     assert "run: ZeroDivisionError: division by zero" in capsys.readouterr().err
     assert "ZeroDivisionError" in (tmp_path / "runs/test/error.log").read_text()
 
 
 def test_usage_error_of_the_run_is_exit_2(config_file, train_with, capsys):
-    def refuse(config, resume):
+    def refuse(config, *_):
         raise UsageError("nothing to resume")
     train_with(refuse)
     assert main(["train", config_file, "--resume"]) == 2
@@ -102,7 +102,7 @@ def test_usage_error_of_the_run_is_exit_2(config_file, train_with, capsys):
 
 
 def test_interrupt_is_exit_130_in_one_line(config_file, train_with, capsys):
-    def interrupt(config, resume):
+    def interrupt(config, *_):
         raise KeyboardInterrupt
     train_with(interrupt)
     assert main(["train", config_file]) == 130
@@ -110,7 +110,7 @@ def test_interrupt_is_exit_130_in_one_line(config_file, train_with, capsys):
 
 
 def test_a_run_is_not_started_over_another(config_file, train_with, tmp_path, capsys):
-    train_with(lambda config, resume: None)
+    train_with(lambda config, *_: config.steps)
     metrics = tmp_path / "runs/test/metrics.jsonl"
     metrics.parent.mkdir(parents=True)
     metrics.write_text("")
@@ -187,3 +187,9 @@ def test_benches_are_found_by_name():
     assert callable(load_bench("engine"))
     with pytest.raises(UsageError, match="did you mean 'engine'"):
         load_bench("engin")
+
+
+def test_a_run_that_was_asked_to_stop_says_how_to_go_on(config_file, train_with, capsys):
+    train_with(lambda config, *_: config.steps - 1)
+    assert main(["train", config_file]) == 75
+    assert "as asked, with a checkpoint" in capsys.readouterr().err

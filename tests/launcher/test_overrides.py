@@ -205,6 +205,63 @@ def test_model_folder_is_looked_into(load, problems, model_folder):
     assert "no config.json" in problems(text, check_model=True)["model.path"]
 
 
+def test_a_shape_stands_for_a_model_that_is_elsewhere(load, problems, model_folder, tmp_path):
+    shape = tmp_path / "shape.json"
+    shape.write_bytes((model_folder / "config.json").read_bytes())
+    text = f"name: a\nsteps: 1\nmodel: {{path: {model_folder}s, shape: {shape}}}\n"
+    assert load(text, check_model=True).model.shape == str(shape)
+    (tmp_path / "run.yaml").write_text(text)
+    with pytest.raises(ConfigError, match="model.path = .*\n +no such folder"):
+        load_config(tmp_path / "run.yaml", to_run=True)
+    assert "num_key_value_heads" in problems(
+        text, "--learner.parallel.tp", "4", "--learner.parallel.world_size", "4", check_model=True)[
+        "learner.parallel.tp"]
+    shape.write_text(json.dumps({"model_type": "qwen4"}))
+    assert "qwen4" in problems(text, check_model=True)["model.shape"]
+    shape.write_text("[]")
+    assert "is not a JSON object" in problems(text, check_model=True)["model.shape"]
+    shape.unlink()
+    assert "No such file" in problems(text, check_model=True)["model.shape"]
+
+
+def test_a_shape_is_that_of_the_model_where_both_are_there(load, problems, model_folder, tmp_path):
+    shape = tmp_path / "shape.json"
+    hf = json.loads((model_folder / "config.json").read_text())
+    text = f"name: a\nsteps: 1\nmodel: {{path: {model_folder}, shape: {shape}}}\n"
+    shape.write_text(json.dumps(hf | {"use_cache": False}))
+    load(text, check_model=True)
+    layers = {"num_hidden_layers": 6, "layer_types": ["full_attention"] * 6}
+    shape.write_text(json.dumps(hf | layers | {"hidden_size": 32}))
+    found = problems(text, check_model=True)
+    assert set(found) == {"model.shape"}
+    assert "hidden_size = 32, and 64 in the folder; num_hidden_layers = 6, and 4 in the folder" in found["model.shape"]
+
+
+def test_servers_that_the_model_cannot_have(problems, model_folder):
+    text = (f"name: a\nsteps: 1\nmodel: {{path: {model_folder}}}\n"
+            "rollout: {engine: sglang, sglang: {python: python, args: {tp_size: 8}}}\n")
+    found = problems(text, check_model=True)["rollout.sglang.args.tp_size"]
+    assert "does not divide num_attention_heads = 4" in found and "run.yaml:4" in found
+    # A section that is wrong already is not looked into.
+    assert set(problems(text, "--rollout.slots", "none", check_model=True)) == {"rollout.slots"}
+
+
+def test_more_gpus_than_the_cluster_has(load, problems):
+    """With engines on the learner's GPUs, or besides these."""
+    text = (MINIMAL + "cluster: {nodes: 2, gpus_per_node: 8}\nlearner: {parallel: {world_size: 8}}\n"
+            "rollout: {engine: sglang, engines: 3, sglang: {python: python, args: {tp_size: 4}}}\n")
+    assert "exceeds cluster.nodes * cluster.gpus_per_node = 1 * 4 = 4; it may be at most 4" in problems(
+        text, "--cluster.nodes", "1", "--cluster.gpus_per_node", "4")["learner.parallel.world_size"]
+    found = problems(text)["rollout.engines"]
+    assert "need 12 GPUs" in found and "there are 8 for them" in found and "the nearest valid value is 2" in found
+    assert "there are 0 for them besides the learner's" in problems(
+        text, "--learner.parallel.world_size", "16")["rollout.engines"]
+    load(text, "--learner.release_memory", "true")
+    load(text, "--cluster.gpus_per_node", "0")
+    assert "there are 16 for them; the nearest" in problems(
+        text, "--learner.release_memory", "true", "--rollout.engines", "5")["rollout.engines"]
+
+
 def test_layout_that_the_model_cannot_have(problems, model_folder):
     found = problems(f"name: a\nsteps: none\nmodel: {{path: {model_folder}}}\n", "--learner.parallel.tp", "4",
                      "--learner.parallel.world_size", "4", check_model=True)

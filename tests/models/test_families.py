@@ -78,13 +78,15 @@ def test_new_tensors_start_as_in_transformers(model_type):
             assert (state[name] == value).all(), name
 
 
-def test_only_score_biases_are_kept_in_float32_by_transformers_too(tmp_path):
+def test_score_biases_are_kept_in_float32_by_transformers_too(tmp_path):
+    """And routers since 5.24, in memory: published checkpoints have them in the model's dtype."""
     from transformers import AutoModelForCausalLM
 
     folder = make_tiny("glm4_moe", tmp_path)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     for name, tensor in model.state_dict().items():
-        assert kept_in_float32(name) == (tensor.dtype == torch.float32), name
+        if not name.endswith(".mlp.gate.weight"):
+            assert kept_in_float32(name) == (tensor.dtype == torch.float32), name
 
 
 def megatron_config(hf):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -31,10 +33,6 @@ LLAMA = COMMON | {
 QWEN2 = COMMON | {
     "model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "max_position_embeddings": 32768,
     "rope_theta": 1000000.0, "sliding_window": 131072, "use_mrope": False, "use_sliding_window": False}
-QWEN3 = COMMON | {
-    "architectures": ["Qwen3ForCausalLM"], "attention_bias": False, "head_dim": 128, "max_position_embeddings": 40960,
-    "rope_scaling": None, "rope_theta": 1000000, "sliding_window": None, "use_sliding_window": False,
-    "vocab_size": 151936}
 MISTRAL = COMMON | {
     "hidden_size": 4096, "intermediate_size": 14336, "max_position_embeddings": 32768, "num_attention_heads": 32,
     "num_hidden_layers": 32, "num_key_value_heads": 8, "rms_norm_eps": 1e-05, "rope_theta": 1000000.0,
@@ -45,26 +43,10 @@ GLM = COMMON | {
     "num_attention_heads": 96, "n_group": 1, "topk_group": 1, "n_shared_experts": 1, "num_experts_per_tok": 8,
     "num_key_value_heads": 8, "num_nextn_predict_layers": 1, "rms_norm_eps": 1e-05, "rope_scaling": None,
     "rope_theta": 1000000, "vocab_size": 151552}
-LATENT = COMMON | {
-    "attention_bias": False, "ep_size": 1, "hidden_size": 7168, "intermediate_size": 18432, "kv_lora_rank": 512,
-    "moe_intermediate_size": 2048, "moe_layer_freq": 1, "n_shared_experts": 1, "norm_topk_prob": True,
-    "num_experts_per_tok": 8, "num_hidden_layers": 61, "pretraining_tp": 1, "q_lora_rank": 1536,
-    "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "scoring_func": "sigmoid", "seq_aux": True,
-    "topk_method": "noaux_tc", "v_head_dim": 128, "architectures": ["DeepseekV3ForCausalLM"],
-    "auto_map": {"AutoConfig": "configuration_deepseek.DeepseekV3Config"}}
-YARN = {"type": "yarn", "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0,
-        "original_max_position_embeddings": 4096}
-DEEPSEEK = LATENT | {
-    "model_type": "deepseek_v3", "first_k_dense_replace": 3, "max_position_embeddings": 163840, "n_group": 8,
-    "n_routed_experts": 256, "num_attention_heads": 128, "num_key_value_heads": 128, "num_nextn_predict_layers": 1,
-    "rope_theta": 10000, "routed_scaling_factor": 2.5, "topk_group": 4, "vocab_size": 129280,
-    "rope_scaling": YARN | {"beta_fast": 32, "factor": 40}}
-KIMI = LATENT | {
-    "model_type": "kimi_k2", "aux_loss_alpha": 0.001, "first_k_dense_replace": 1, "max_position_embeddings": 131072,
-    "n_group": 1, "n_routed_experts": 384, "num_attention_heads": 64, "num_key_value_heads": 64,
-    "num_nextn_predict_layers": 0, "rope_theta": 50000.0, "routed_scaling_factor": 2.827, "topk_group": 1,
-    "vocab_size": 163840, "rope_scaling": YARN | {"beta_fast": 1.0, "factor": 32.0}}
-"""DeepSeek-V3 and R1, and Kimi-K2, without their quantization_config."""
+SHAPES = {path.stem: json.loads(path.read_text()) for path in (Path(__file__).parents[2] / "configs/models").iterdir()}
+"""Those that come with recipes."""
+DEEPSEEK, KIMI = SHAPES["deepseek_v3"], SHAPES["kimi_k2"]
+"""Without their quantization_config."""
 
 CHECKPOINTS: dict[str, tuple[dict[str, Any], int]] = {
     "SmolLM2-135M": (SMOLLM2, 134_515_008),
@@ -74,10 +56,7 @@ CHECKPOINTS: dict[str, tuple[dict[str, Any], int]] = {
     "Llama-3.1-70B": (LLAMA | {
         "hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64, "num_hidden_layers": 80},
         70_553_706_496),
-    "Llama-3.2-1B": (LLAMA | {
-        "head_dim": 64, "hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 32,
-        "num_hidden_layers": 16, "tie_word_embeddings": True,
-        "rope_scaling": LLAMA["rope_scaling"] | {"factor": 32.0}}, 1_235_814_400),
+    "Llama-3.2-1B": (SHAPES["llama_3_2_1b"], 1_235_814_400),
     "Qwen2.5-0.5B": (QWEN2 | {
         "hidden_size": 896, "intermediate_size": 4864, "max_window_layers": 24, "num_attention_heads": 14,
         "num_hidden_layers": 24, "num_key_value_heads": 2, "tie_word_embeddings": True, "vocab_size": 151936},
@@ -85,18 +64,12 @@ CHECKPOINTS: dict[str, tuple[dict[str, Any], int]] = {
     "Qwen2.5-7B": (QWEN2 | {
         "hidden_size": 3584, "intermediate_size": 18944, "max_window_layers": 28, "num_attention_heads": 28,
         "num_hidden_layers": 28, "num_key_value_heads": 4, "vocab_size": 152064}, 7_615_616_512),
-    "Qwen3-8B": (QWEN3 | {
-        "model_type": "qwen3", "hidden_size": 4096, "intermediate_size": 12288, "max_window_layers": 36,
-        "num_attention_heads": 32, "num_hidden_layers": 36, "num_key_value_heads": 8}, 8_190_735_360),
-    "Qwen3-235B-A22B": (QWEN3 | {
-        "model_type": "qwen3_moe", "decoder_sparse_step": 1, "hidden_size": 4096, "intermediate_size": 12288,
-        "max_window_layers": 94, "mlp_only_layers": [], "moe_intermediate_size": 1536, "norm_topk_prob": True,
-        "num_attention_heads": 64, "num_experts": 128, "num_experts_per_tok": 8, "num_hidden_layers": 94,
-        "num_key_value_heads": 4, "output_router_logits": False, "router_aux_loss_coef": 0.001}, 235_093_634_560),
+    "Qwen3-1.7B": (SHAPES["qwen3_1_7b"], 1_720_574_976),
+    "Qwen3-8B": (SHAPES["qwen3_8b"], 8_190_735_360),
+    "Qwen3-30B-A3B": (SHAPES["qwen3_30b_a3b"], 30_532_122_624),
+    "Qwen3-235B-A22B": (SHAPES["qwen3_235b_a22b"], 235_093_634_560),
     "Mistral-7B-v0.3": (MISTRAL | {"model_type": "mistral", "vocab_size": 32768}, 7_248_023_552),
-    "Mixtral-8x7B": (MISTRAL | {
-        "model_type": "mixtral", "num_experts_per_tok": 2, "num_local_experts": 8, "output_router_logits": False,
-        "router_aux_loss_coef": 0.02, "vocab_size": 32000}, 46_702_792_704),
+    "Mixtral-8x7B": (SHAPES["mixtral_8x7b"], 46_702_792_704),
     "GLM-4.5": (GLM | {
         "first_k_dense_replace": 3, "hidden_size": 5120, "intermediate_size": 12288, "moe_intermediate_size": 1536,
         "n_routed_experts": 160, "num_hidden_layers": 92, "routed_scaling_factor": 2.5, "use_qk_norm": True},

@@ -142,7 +142,8 @@ def test_embedded_engines_get_every_tensor_whole():
        server=st.sampled_from([ServerParallel(), ServerParallel(4, 4), ServerParallel(2, 1, 2)]),
        servers=st.integers(1, 3))
 def test_ranks_with_the_same_weights_send_equally_much(tp, cp, dp, pp, ep, etp, server, servers):
-    """Within a bucket, over each kind of link."""
+    """A rank's share ends at two cuts, each within half a transfer of where it should be, so that two ranks differ by
+    two transfers at most (`sources.deal`). Of all 2016 cases that can be drawn here four differ by more than one."""
     world = tp * cp * dp * pp
     assume(world // pp % (ep * etp) == 0)
     decoder = decoder_of("qwen3_moe", num_key_value_heads=4)
@@ -155,7 +156,7 @@ def test_ranks_with_the_same_weights_send_equally_much(tp, cp, dp, pp, ep, etp, 
         weights = source.dense_share[rank], source.expert_share[rank], source.stage[rank], source.part[rank]
         alike.setdefault(tuple(map(int, weights)), []).append(int(sent[rank]))
     for loads in alike.values():
-        assert max(loads) - min(loads) <= bucket
+        assert max(loads) - min(loads) <= 2 * bucket
 
 
 @given(loads=st.lists(st.integers(0, 9), min_size=1, max_size=5), units=st.lists(

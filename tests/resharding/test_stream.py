@@ -1,6 +1,8 @@
-"""Buckets in shared memory, filled from a learner's parameters and loaded into an engine's."""
+"""Buckets of whole tensors, filled from a learner's parameters."""
 
 from __future__ import annotations
+
+from math import prod
 
 import numpy as np
 import pytest
@@ -10,11 +12,23 @@ from tiny_models import tiny_config
 from megatron_pbsd.config import ParallelConfig
 from megatron_pbsd.models import family
 from megatron_pbsd.models.sglang import ServerParallel
-from megatron_pbsd.resharding.layouts import embedded_layout, learner_layout, server_layout
+from megatron_pbsd.resharding.layouts import learner_layout, server_layout
 from megatron_pbsd.resharding.plan import make_plan
-from megatron_pbsd.resharding.stream import SLOTS, Buckets, Receiver, Sender, overlapped, parcels
+from megatron_pbsd.resharding.shared_memory import attach
+from megatron_pbsd.resharding.stream import (
+    SLOTS,
+    Buckets,
+    Parts,
+    divided,
+    messages,
+    overlapped,
+    plan_for,
+    sent_by,
+    tensors_in,
+    unpack,
+)
 from megatron_pbsd.resharding.wire import FLOAT8
-from tests.resharding.plan_worlds import learner_parameters, numbered, server_parameters
+from tests.resharding.plan_worlds import learner_parameters, numbered
 
 PARALLEL = ParallelConfig(world_size=4, tp=2, pp=2, ep=2)
 BUCKET = 1 << 15
@@ -26,65 +40,63 @@ def decoder():
     return family(hf).decoder(hf)
 
 
-def plan_to(decoder, target, dtypes=("float32", "float32")):
-    return make_plan(learner_layout(decoder, PARALLEL), target, source_dtype=dtypes[0], target_dtype=dtypes[1],
-                     devices_per_node=8, bucket_bytes=BUCKET)
+@pytest.fixture(scope="module")
+def plan(decoder):
+    tensors = {name: ("float32", array.shape) for name, array in numbered(decoder).items()}
+    return plan_for(decoder, PARALLEL, tensors, BUCKET)
 
 
-def as_tensors(arrays, dtype):
-    """Numbers that neither dtype rounds."""
-    return {name: torch.from_numpy(array % 251).to(dtype) for name, array in arrays.items()}
+@pytest.fixture(scope="module")
+def ranks(decoder):
+    return [{place: torch.from_numpy(array % 251).float() for place, array in rank.items()}
+            for rank in learner_parameters(decoder, PARALLEL, numbered(decoder))]
 
 
-def streamed(decoder, plan, target, wanted, source_dtype, target_dtype):
-    """Carry the plan out for one target rank; its parameters are NaN before."""
-    sources = [as_tensors(rank, source_dtype) for rank in learner_parameters(decoder, PARALLEL, numbered(decoder))]
-    held = {name: torch.full(array.shape, torch.nan, dtype=target_dtype) for name, array in wanted.items()}
-    packed = parcels(plan, target)
-    buckets = Buckets(packed)
+def is_whole(decoder, tensors):
+    for name, tensor in tensors.items():
+        np.testing.assert_array_equal(tensor.numpy(), numbered(decoder)[name] % 251, name)
+
+
+def test_ranks_put_whole_tensors_into_two_buckets(decoder, plan, ranks):
+    """And move the fewest bytes: each number of the model once."""
+    owner = Buckets(plan)
     try:
-        shared = buckets.segment, buckets.nbytes
-        senders = [Sender(packed, rank, parameters, *shared) for rank, parameters in enumerate(sources)]
-        receiver = Receiver(packed, held, *shared)
-
-        def gather(number):
-            return lambda: [sender.gather(number) for sender in senders]
-
-        def load(number):
-            return lambda: receiver.load(number)
-
-        overlapped(len(packed), gather, load)
+        assert len(owner.buckets) > 3 and owner.slots == SLOTS
+        parts = [Parts(owner.buckets, rank, parameters) for rank, parameters in enumerate(ranks)]
+        seen = []
+        for number, bucket in enumerate(owner.buckets):
+            for each in parts:
+                each.gather(number)
+            is_whole(decoder, attach(bucket.manifest))
+            seen += bucket.manifest.described
+            # As large as asked, but for one that a tensor has to itself.
+            assert sum(e.nbytes for e in bucket.manifest.entries) <= BUCKET or len(bucket.manifest.entries) == 1
+            assert bucket.manifest.nbytes <= SLOTS * owner.nbytes
     finally:
-        buckets.close()
-    assert len(packed) > 3 and buckets.nbytes <= BUCKET
-    return held
+        owner.close()
+    model = {name: array.shape for name, array in numbered(decoder).items()}
+    assert sorted(seen) == sorted(model)
+    assert sum(bucket.nbytes for bucket in owner.buckets) == plan.moved == 4 * sum(map(prod, model.values()))
 
 
-@pytest.mark.parametrize(("dtype", "sent"), [("float32", 4), ("bfloat16", 2)])
-def test_an_embedded_engine_gets_every_tensor(decoder, dtype, sent):
-    decoder_tensors = numbered(decoder)
-    plan = plan_to(decoder, embedded_layout(decoder, 1, device=4), ("float32", dtype))
-    held = streamed(decoder, plan, 0, decoder_tensors, torch.float32, getattr(torch, dtype))
-    for name, expected in as_tensors(decoder_tensors, torch.float32).items():
-        assert torch.equal(held[name].float(), expected), name
-    bias = {name for name in decoder_tensors if name.endswith("e_score_correction_bias")}
-    assert plan.moved == sum(array.size * (4 if name in bias else sent) for name, array in decoder_tensors.items())
-
-
-def test_a_rank_of_a_server_gets_its_part_fused(decoder):
-    server = ServerParallel(tp=2, ep=2, pp=2)
-    wanted = server_parameters(decoder, server, 1, numbered(decoder))
-    plan = plan_to(decoder, server_layout(decoder, server, 1))
-    held = streamed(decoder, plan, 3, wanted[3], torch.float32, torch.float32)
-    for name, expected in wanted[3].items():
-        np.testing.assert_array_equal(
-            np.where(expected > 0, held[name].numpy(), 0), np.where(expected > 0, expected % 251, 0), name)
+def test_messages_are_put_together_from_what_ranks_pack(decoder, plan, ranks):
+    for number, bucket in enumerate(buckets := messages(plan)):
+        flat = torch.full((bucket.manifest.nbytes,), 255, dtype=torch.uint8)
+        Parts(buckets, 0, ranks[0]).write(number, flat)
+        for source, nbytes in sent_by(bucket).items():
+            if source:
+                packed = Parts(buckets, source, ranks[source]).pack(number)
+                assert len(packed) == nbytes
+                unpack(bucket, source, packed, flat)
+        assert bucket.manifest.nbytes == bucket.nbytes
+        is_whole(decoder, tensors_in(flat, bucket.manifest.entries))
 
 
 def test_what_has_to_be_quantised_is_named(decoder):
-    plan = plan_to(decoder, server_layout(decoder, ServerParallel(), 1), ("float32", FLOAT8))
-    with pytest.raises(ValueError, match=r"q_a_proj.weight: quantise at the (source|target)"):
-        parcels(plan, 0)
+    plan = make_plan(learner_layout(decoder, PARALLEL), server_layout(decoder, ServerParallel(), 1),
+                     source_dtype="float32", target_dtype=FLOAT8, devices_per_node=8, bucket_bytes=BUCKET)
+    with pytest.raises(ValueError, match=r"_proj.*.weight: quantise at the target"):
+        divided(plan)
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 5])

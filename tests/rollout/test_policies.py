@@ -13,7 +13,7 @@ from megatron_pbsd.rollout.policies.divided import Divided
 from megatron_pbsd.rollout.policies.group_pinned import GroupPinned
 from megatron_pbsd.rollout.policies.least_loaded import LeastLoaded
 from megatron_pbsd.rollout.policies.longest_remaining import LongestRemaining
-from megatron_pbsd.rollout.policies.oracle import Oracle
+from megatron_pbsd.rollout.policies.oracle import Oracle, ToldOracle
 from megatron_pbsd.rollout.scheduler import Assignment, Scheduler
 
 LIMIT, CHUNK = 40, 8
@@ -22,6 +22,7 @@ DIVIDING = {
     "context_aware": lambda lengths: ContextAware(CHUNK, LengthContext(LIMIT), spread=1, turn_every=5),
     "longest_remaining": lambda lengths: LongestRemaining(CHUNK, LengthModel(LIMIT), turn_every=5),
     "oracle": lambda lengths: Oracle(CHUNK, lengths, spread=1),
+    "told_oracle": lambda lengths: ToldOracle(CHUNK, LIMIT, lengths),
 }
 ALL = {"group_pinned": lambda lengths: GroupPinned(), "least_loaded": lambda lengths: LeastLoaded(), **DIVIDING}
 
@@ -141,7 +142,7 @@ def test_probes_first_and_then_the_longest_group():
 
 
 def test_a_long_sibling_raises_its_group_and_goes_on_before_others():
-    scheduler = Scheduler(LongestRemaining(CHUNK, LengthModel(1000), turn_every=1000))
+    scheduler = Scheduler(LongestRemaining(CHUNK, LengthModel(1000, share=0.9), turn_every=1000))
     scheduler.engine_joined("e", 4)
     for group in "ab":
         for i in range(2):
@@ -221,3 +222,18 @@ def test_longest_first_is_within_four_thirds_of_the_best_schedule(tokens, engine
             code //= engines
         best = min(best, max(loads))
     assert best <= now <= best * (4 - 1 / engines) / 3 + 1e-9
+
+
+def test_the_told_oracle_knows_a_group_when_one_of_it_has_finished():
+    scheduler = Scheduler(ToldOracle(CHUNK, 1000, {"a/0": 8, "a/1": 8, "a/2": 800, "b/0": 900, "b/1": 9}))
+    scheduler.engine_joined("e", 2)
+    for request in ("a/0", "a/1", "a/2", "b/0", "b/1"):
+        scheduler.submitted(request, request[0], 5, 1000)
+    assert [d.request_id for d in scheduler.decisions()] == ["a/0", "b/0"]
+    scheduler.chunk_finished("a/0", 8)
+    scheduler.request_finished("a/0")
+    # Nothing of b is known, so that it may be as long as the limit.
+    assert [d.request_id for d in scheduler.decisions()] == ["b/1"]
+    scheduler.chunk_finished("b/1", 9)
+    scheduler.request_finished("b/1")
+    assert [d.request_id for d in scheduler.decisions()] == ["a/2"]

@@ -21,10 +21,30 @@ MINIMAL = {"name": "n", "steps": 1, "model": {"path": "m"}}
 
 @pytest.mark.parametrize(("section", "message"), [
     ({"chunk_tokens": 8}, r"rollout.chunk_tokens = 8 has no effect with rollout.policy = 'least_loaded', which does"),
-    ({"policy": "divided", "chunk_tokens": 33}, "the nearest valid value is 32")])
-def test_chunks_are_of_policies_that_divide(section, message):
+    ({"policy": "divided", "chunk_tokens": 33}, "the nearest valid value is 32"),
+    ({"speculation": {"paths": 4}}, r"paths = 4 has no effect with rollout.speculation.enabled = false: set enabled"),
+    ({"speculation": {"enabled": True, "paths": 9}}, "less than or equal to 8")])
+def test_what_has_no_effect_or_no_meaning_is_refused(section, message):
     with pytest.raises(ValidationError, match=message):
         RunConfig.model_validate({**MINIMAL, "rollout": section})
+
+
+@pytest.mark.parametrize(("given", "message"), [
+    ({"rollout": {"transport": {"bucket_mb": 64}}},
+     "rollout.transport.bucket_mb has no effect with rollout.transport.kind = 'segment': leave it out"),
+    ({"rollout": {"transport": {"kind": "buckets", "deltas": 2}}},
+     "rollout.transport.deltas has no effect with rollout.transport.kind = 'buckets': leave it out"),
+    ({"rollout": {"transport": {"kind": "collective"}}, "runtime": "inline",
+      "learner": {"parallel": {"world_size": 1, "tp": 1}}},
+     "'collective' is between processes, and runtime = 'inline' has one: set the kind to one of segment, buckets"),
+    ({"rollout": {"transport": {"kind": "buckets"}}, "learner": {"release_memory": True}},
+     "'buckets' keeps no copy of the weights: with learner.release_memory = true none of the rollout.engine_restarts "
+     "= 2 engines could be given any"),
+    ({"rollout": {"transport": {"kind": "collective"}, "engine": "sglang",
+                  "sglang": {"python": "python", "args": {"pp_size": 2}}}}, "ranks of one stage alone can join")])
+def test_what_a_transport_cannot_do_is_told_before_anything_starts(given, message):
+    with pytest.raises(ValidationError, match=re.escape(message)):
+        RunConfig.model_validate({**MINIMAL, **given})
 
 
 OVER = {"over_sampling": 1.5}

@@ -11,7 +11,8 @@ from megatron_pbsd.rollout.engines.embedded.engine import EmbeddedEngine
 from megatron_pbsd.rollout.engines.protocol import Engine
 
 HERE = Path(__file__).parent
-SLOTS, MAX_CONTEXT = 8, 120
+SLOTS, MAX_CONTEXT, LONGEST_DRAFT = 8, 120, 8
+DIVIDED = {"tp2": {"tp_size": 2}, "ep2": {"tp_size": 2, "ep_size": 2}}
 
 
 def pytest_collection_modifyitems(items):
@@ -22,18 +23,20 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory) -> dict[str, Path]:
-    """Kind → folder. The dense one has an end-of-text token in its configuration that nobody asks to stop at."""
+    """Kind → folder. The dense one has an end-of-text token in its configuration that nobody asks to stop at. SGLang
+    rounds widths up to 32 per rank on CPUs: these are as they are for one rank and for two."""
     from tiny_models import make_tiny
 
     root = tmp_path_factory.mktemp("models")
-    return {"dense": make_tiny("qwen3", root / "dense", eos_token_id=23),
-            "moe": make_tiny("qwen3_moe", root / "moe", mlp_only_layers=[])}
+    return {"dense": make_tiny("qwen3", root / "dense", intermediate_size=64, eos_token_id=23),
+            "moe": make_tiny("qwen3_moe", root / "moe", mlp_only_layers=[], moe_intermediate_size=64)}
 
 
 @pytest.fixture(scope="session")
 def engines(models, tmp_path_factory):
-    """Starts each engine once: `engines(kind of engine, kind of model)`."""
-    from sglang_server.servers import start
+    """Starts each engine once: `engines(kind of engine, kind of model)`. `drafting` is SGLang that speculates; of `tp2`
+    two processes have half of each tensor, and of `ep2` half of the experts."""
+    from sglang_server.servers import ARGS, ENVIRONMENT, start
 
     made: dict[tuple[str, str], Engine] = {}
 
@@ -42,14 +45,19 @@ def engines(models, tmp_path_factory):
             if kind == "embedded":
                 made[kind, model] = EmbeddedEngine(
                     str(models[model]), name="engine-0", slots=SLOTS, max_context=MAX_CONTEXT)
+            elif kind in DIVIDED:
+                made[kind, model] = start(
+                    models[model], tmp_path_factory.mktemp("logs"), args=ARGS | DIVIDED[kind],
+                    environment=ENVIRONMENT | {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"})
             else:
                 made[kind, model] = start(models[model], tmp_path_factory.mktemp("logs"), slots=SLOTS,
-                                          max_context=MAX_CONTEXT, routed_experts=model == "moe")
+                                          max_context=MAX_CONTEXT, routed_experts=model == "moe",
+                                          longest_draft=LONGEST_DRAFT if kind == "drafting" else None)
         return made[kind, model]
 
     yield engine
     for (kind, _), started in made.items():
-        if kind == "sglang":
+        if kind != "embedded":
             started.close()
 
 

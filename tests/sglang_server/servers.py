@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from megatron_pbsd.config import RolloutConfig
-from megatron_pbsd.rollout.engines.sglang.build import build_sglang_engine
+from megatron_pbsd.config.rollout import SpeculationConfig
+from megatron_pbsd.ports import free_port
+from megatron_pbsd.rollout.engines.sglang.build import build_member, build_sglang_engine
 from megatron_pbsd.rollout.engines.sglang.engine import SGLangEngine
+from megatron_pbsd.rollout.engines.sglang.lifeline import Meeting
+from megatron_pbsd.rollout.engines.sglang.member import Member
 
 ROOT = Path(__file__).parents[2]
 PYTHON = os.environ.get("SGLANG_PYTHON", str(ROOT / ".venv-sglang" / "bin" / "python"))
@@ -25,9 +30,30 @@ def section(**changes: Any) -> dict[str, Any]:
     return {"python": PYTHON, "args": ARGS, "environment": ENVIRONMENT, "start_deadline_s": 600.0} | changes
 
 
-def start(model: Path, logs: Path, *, name: str = "engine-0", slots: int = 8, max_context: int = 120,
-          load_weights: bool = True, routed_experts: bool = False, **changes: Any) -> SGLangEngine:
-    """An engine over a server of its own. changes: keys of `rollout.sglang`."""
+def config_of(slots: int = 8, max_context: int = 120, longest_draft: int | None = None, **changes: Any
+              ) -> RolloutConfig:
+    """longest_draft: None does not speculate. changes: keys of `rollout.sglang`."""
     config = RolloutConfig(engine="sglang", slots=slots, max_context=max_context, sglang=section(**changes))
-    return build_sglang_engine(
-        str(model), config, name=name, logs=str(logs), load_weights=load_weights, routed_experts=routed_experts)
+    if longest_draft is None:
+        return config
+    return config.model_copy(update={"speculation": SpeculationConfig(enabled=True, max_draft_tokens=longest_draft)})
+
+
+def start(model: Path, logs: Path, *, name: str = "engine-0",
+          load_weights: bool = True, routed_experts: bool = False, **options: Any) -> SGLangEngine:
+    """An engine over a server of its own. options: see `config_of`."""
+    return build_sglang_engine(str(model), config_of(**options), name=name, logs=str(logs), load_weights=load_weights,
+                               routed_experts=routed_experts)
+
+
+def start_on_two(model: Path, logs: Path, **options: Any) -> tuple[SGLangEngine, Member]:
+    """An engine with half of its ranks on each of two machines, for which addresses of the loopback stand; and the part
+    on the second."""
+    config = config_of(args=ARGS | {"tp_size": 2}, environment=ENVIRONMENT | {"SGLANG_CPU_OMP_THREADS_BIND": "0"},
+                       **options)
+    common = {"model_path": str(model), "config": config, "logs": str(logs), "load_weights": True,
+              "routed_experts": False, "device": 0, "meeting": Meeting("127.0.0.2", free_port(), 2)}
+    with ThreadPoolExecutor(1) as thread:
+        member = thread.submit(build_member, name="engine-0.node1", number=1, **common)
+        engine = build_sglang_engine(name="engine-0", **common)
+        return engine, member.result()

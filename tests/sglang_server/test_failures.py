@@ -24,7 +24,7 @@ PROMPT = tuple(range(3, 20))
 
 def below(engine) -> list[psutil.Process]:
     """All processes of the engine's server."""
-    return psutil.Process(engine._server._process.pid).children(recursive=True)
+    return psutil.Process(engine._server._processes.keeper.pid).children(recursive=True)
 
 
 def assert_gone(processes) -> None:
@@ -113,10 +113,30 @@ def test_tokens_of_other_weights_are_never_served(unpublished):
         unpublished.statistics()
 
 
+def test_a_server_that_is_killed_mid_publication(models, tmp_path, publish):
+    """It holds the first half of new weights. It has to be started anew: it never serves again."""
+    engine = start(models["dense"], tmp_path)
+    processes, tensors = below(engine), load_file(models["dense"] / "model.safetensors")
+    whole = publish(tensors)
+    names = list(tensors)
+    halves = [publish({name: tensors[name] for name in part}) for part in (names[:20], names[20:])]
+    engine.begin_update(whole.described, 1)
+    engine.load(halves[0])
+    scheduler = next(p for p in processes if "scheduler" in " ".join(p.cmdline()))
+    os.kill(scheduler.pid, signal.SIGKILL)
+    with pytest.raises(EngineDied, match=r"its server (ended with status \d+|does not answer)[\s\S]*engine-0 \| "):
+        engine.load(halves[1])
+    assert_gone(processes)
+    with pytest.raises(EngineError, match="in the middle of publication 1"):
+        engine.submit([Chunk("r", PROMPT, 4, seed=0)])
+    with pytest.raises(EngineDied):
+        engine.begin_update(whole.described, 1)
+
+
 def test_a_server_that_is_killed_mid_chunk(models, tmp_path):
     engine = start(models["dense"], tmp_path)
     processes = below(engine)
-    folder = next(name for name in engine._server._process.args if "pbsd-sglang-" in name)
+    folder = next(name for name in engine._server._processes.keeper.args if "pbsd-sglang-" in name)
     engine.submit([Chunk("r", PROMPT, 100, seed=0), Chunk("short", PROMPT, 3, seed=0)])
     assert engine.collect()[0].request_id == "short"
     scheduler = next(p for p in processes if "scheduler" in " ".join(p.cmdline()))

@@ -8,17 +8,20 @@ import subprocess
 import sys
 
 import psutil
+import pytest
 import yaml
 from pbsd_process import QUICKSTART, ROOT, Run, none_left
 from sglang_server.servers import ARGS, section
 
 
-def start(folder, **sglang) -> Run:
+def start(folder, transport="segment", **sglang) -> Run:
     """`pbsd train` on a small quickstart with two servers; two learner ranks share each tensor."""
     config = yaml.safe_load(QUICKSTART.read_text()) | {"name": "sglang", "runs": str(folder), "steps": 2}
     config["rollout"] |= {
         "engine": "sglang", "slots": 16, "prompts_per_step": 4, "group_size": 4, "policy": "divided",
-        "chunk_tokens": 16, "deadline_s": 200.0, "sglang": section(args=ARGS | {"max_total_tokens": 16384} | sglang)}
+        "chunk_tokens": 16, "deadline_s": 200.0, "speculation": {"enabled": True}, "transport": {"kind": transport},
+        "sleep": "all",
+        "sglang": section(args=ARGS | {"max_total_tokens": 16384} | sglang)}
     config["evaluation"] |= {"at_start": False, "every": 0, "prompts": 8}
     config["learner"]["updates_per_step"] = 1
     config["checkpoint"] = {"every": 0, "export_hf": "never"}
@@ -29,9 +32,11 @@ def start(folder, **sglang) -> Run:
     return Run(process, folder / "sglang", deadline_s=600)
 
 
-def test_two_steps_in_one_of_which_a_server_dies(tmp_path):
-    """Rollout, training, publication and its proof; the server that is killed is started anew, with the new weights."""
-    run = start(tmp_path)
+@pytest.mark.parametrize("transport", ["segment", "collective"])
+def test_two_steps_in_one_of_which_a_server_dies(tmp_path, transport):
+    """Rollout, training, publication and its proof, while servers sleep in turn with the learner's passes; the server
+    that is killed is started anew, with the new weights."""
+    run = start(tmp_path, transport)
     run.wait_for_step(1)
     family = run.family()
     schedulers = [process for process in family if "sglang::scheduler" in " ".join(process.cmdline())]
@@ -46,6 +51,8 @@ def test_two_steps_in_one_of_which_a_server_dies(tmp_path):
         assert rows[step]["weights/probe_max_abs"] <= 2e-5
         # What the engines sampled with is what the learner computes for the same tokens: the first update is on policy.
         assert rows[step]["loss/mismatch_max_abs"] <= 2e-5 and rows[step]["grad_norm"] > 0
+        assert rows[step]["speculation/acceptance_length"] > 1.2
+        assert rows[step]["memory/train/used_gb"] > 0 and rows[step]["memory/publish/predicted_gb"] > 0
     assert rows[2]["rollout/engine_deaths"] == 1
     assert none_left(family)
     assert not [p for p in psutil.process_iter(["cmdline"]) if str(run.folder) in " ".join(p.info["cmdline"] or ())]

@@ -80,7 +80,8 @@ def test_what_a_lost_engine_had_is_done_again():
         Cluster(COST, 1, 2, 100, Divided(10)).run(work, [Failure(0, 0.1)])
 
 
-@pytest.mark.parametrize("name", [*POLICIES, "longest_remaining+history", "longest_remaining+speculation"])
+@pytest.mark.parametrize("name", [
+    *POLICIES, "longest_remaining+history", "longest_remaining+correlation", "longest_remaining+speculation"])
 def test_every_policy_finishes_everything_within_memory_and_the_same_each_time(name):
     small = workload(groups=12)
     asked, cost = jobs(small.requests, 0), cost_model(small)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from megatron_pbsd.rollout.drafting.draft_tree import DraftTree
 from megatron_pbsd.rollout.drafting.groups import DraftGroups
 from megatron_pbsd.rollout.drafting.verification import agreeing
 
@@ -19,7 +20,8 @@ class Trace:
 
 @dataclass
 class Accepted:
-    """passes: forward passes that generate, one per draft, empty ones included. tokens: what they would generate."""
+    """passes: forward passes that generate, one per draft, empty ones included. tokens: what they would generate.
+    drafted: tokens of drafts, those that paths have in common counted once."""
 
     passes: int = 0
     tokens: int = 0
@@ -48,9 +50,9 @@ def acceptance(
             at = start
             while at < end:
                 groups.update("", "ours", groups.known("", "ours"), trace.tokens[groups.known("", "ours") : at])
-                paths = groups.paths("", "ours", width, min(longest, end - at - 1), least)
-                kept = max((agreeing(path.tokens, trace.tokens[at:end]) for path in paths), default=0)
-                found.drafted += sum(len(path.tokens) for path in paths)
+                paths = [path.tokens for path in groups.paths("", "ours", width, min(longest, end - at - 1), least)]
+                kept = max((agreeing(path, trace.tokens[at:end]) for path in paths), default=0)
+                found.drafted += len(DraftTree.of(paths))
                 found.passes += 1
                 found.tokens += kept + 1
                 at += kept + 1

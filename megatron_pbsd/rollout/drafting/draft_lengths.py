@@ -1,4 +1,4 @@
-"""How many tokens to draft: as many as make a step yield most tokens per second, and none where drafts do not pay."""
+"""How much to draft: as much as makes a step yield most tokens per second, and nothing where drafts do not pay."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from megatron_pbsd.rollout.drafting.draft_tree import DraftTree
 from megatron_pbsd.rollout.drafting.step_cost import StepCost
 
+LINES, TREES = range(2)
+"""Shapes in which drafts may be verified: their first paths alone, or all of them."""
 ALLOWANCE = 0.01
 """Share of the engine's time that drafts may cost more than they bring."""
 LEAST_ALLOWANCE = 0.001
@@ -35,11 +38,15 @@ MEMORY = 0.98
 
 
 class DraftLengths:
-    """longest: of a draft (γ_max).
+    """longest: path of a draft (γ_max). paths: of a draft, at most; 1 leaves lines as the only shape.
 
-    Let β_i be the chance that a draft's i-th token is kept. A step of B sequences with drafts of γ tokens yields
-    B + Σ β_i tokens in T(B, γ) seconds: γ is chosen where that is most per second, which is the least of Seer's
-    T_SD(B, γ) with chances per position in place of one α for all. A token that is kept counts as `WORTH`.
+    Let β_i be the chance that a token is kept at a draft's depth i. A step of B sequences with drafts of depth γ yields
+    B + Σ β_i tokens in T(B, γ) seconds, in which all nodes count: γ and the shape are chosen where that is most per
+    second, which is the least of Seer's T_SD(B, γ) with chances per depth in place of one α for all. A token that is
+    kept counts as `WORTH`.
+
+    Trees show what their first paths would have brought, but not the other way round: while those are verified alone,
+    what is known of trees fades, towards what may be hoped of them, until they are tried again.
 
     Drafts that win by what is known are made as long as an account is covered, to which each step adds `ALLOWANCE` of
     its seconds, and each with drafts what it saved beside the least that plain steps may cost, or takes what it lost.
@@ -47,14 +54,16 @@ class DraftLengths:
     falls with each attempt that lost: what drafts win elsewhere is not spent on them.
     """
 
-    def __init__(self, longest: int = 8):
-        if longest < 1:
-            raise ValueError(f"longest draft is {longest}, expected at least 1")
-        self.longest = longest
+    def __init__(self, longest: int = 8, paths: int = 1):
+        if longest < 1 or paths < 1:
+            raise ValueError(f"longest draft is {longest}, of {paths} paths, expected at least 1 each")
+        self.longest, self._shapes = longest, (LINES,) if paths == 1 else (LINES, TREES)
         self.cost = StepCost()
-        # By position, of steps with drafts: sequences, drafts that reached it with all before kept, and kept there.
+        # Of steps with drafts: sequences; by shape and depth drafts that reach it, nodes there, how often all before
+        # was kept, and how often that was too.
         self._sequences = 0.0
-        self._reaching, self._tried, self._kept = np.zeros((3, longest))
+        self._reaching, self._nodes, self._tried, self._kept = np.zeros((4, len(self._shapes), longest))
+        self._shape = self._shapes[-1]
         self.chances = self._chances()
         self._account = self._budget = 0.0
         self._share = ALLOWANCE
@@ -64,12 +73,16 @@ class DraftLengths:
         self._declined, self._rested = 0, 0
 
     def _chances(self) -> np.ndarray:
-        """β, float [longest]: never rising. Positions that were never tried count as the one before them."""
+        """β, float [shapes, longest]: never rising. Depths that lines never had count as the one before them, and trees
+        that were not tried as if they kept half of what lines lose."""
         last, conditional = 1.0, []
-        for tried, kept in zip(self._tried.tolist(), self._kept.tolist()):
+        for tried, kept in zip(self._tried[LINES].tolist(), self._kept[LINES].tolist()):
             last = (kept + last) / (tried + 1.0)
             conditional.append(last)
-        return np.cumprod(conditional)
+        shapes = [np.array(conditional)]
+        if TREES in self._shapes:
+            shapes.append((self._kept[TREES] + (1.0 + shapes[LINES]) / 2) / (self._tried[TREES] + 1.0))
+        return np.cumprod(shapes, axis=1)
 
     def rests(self, sequences: int) -> bool:
         """Whether the next step of so many sequences has no drafts, and need not be looked at. Call `rested` after."""
@@ -87,61 +100,72 @@ class DraftLengths:
         self._declined = 0
         if not self.cost.knows_plain or self._since_plain >= PLAIN_EVERY:
             return False
-        reaching = self._reaching * (sequences / max(self._sequences, 1.0))
-        best, losses = self._losses(reaching, sequences, reads, sequences)
+        expected = np.stack([self._reaching, self._nodes]) * (sequences / max(self._sequences, 1.0))
+        best, losses = self._losses(expected, sequences, reads, sequences)
         self._attempting = bool(losses[best] > 0.0)
-        if self._account < 0.0 or (self._attempting and self._budget < losses[self._length(best) - 1]):
+        if self._account < 0.0 or (self._attempting and self._budget < losses[self._next(best)]):
             self._declined = sequences
             return False
         return True
 
-    def choose(self, available: Sequence[int], sequences: int, reads: Sequence[int]) -> list[int]:
-        """How much of each draft to verify. available: tokens of each draft."""
-        available = [min(n, self.longest) for n in available]
-        reaching = np.array([sum(n > i for n in available) for i in range(self.longest)], float)
-        if not reaching[0]:
-            return [0] * len(available)
-        best, _ = self._losses(reaching, sequences, reads, len(available))
-        length = self._length(best)
-        return [min(n, length) for n in available]
+    def choose(self, available: Sequence[DraftTree], sequences: int, reads: Sequence[int]) -> list[DraftTree]:
+        """What to verify of each draft."""
+        drafts = self._by_depth(available)
+        if not drafts.any():
+            return list(available)
+        self._shape, longest = self._next(self._losses(drafts, sequences, reads, len(available))[0])
+        return [(draft if self._shape == TREES else draft.first_path).cut(longest + 1) for draft in available]
 
-    def _length(self, best: int) -> int:
-        """best: index of the length with which most is made of the next step."""
+    def _by_depth(self, drafts: Sequence[DraftTree]) -> np.ndarray:
+        """float [2, shapes, longest]: how many drafts reach each depth, and how many nodes they have there."""
+        depths = np.arange(self.longest)[:, None]
+        lines = (np.array([draft.trunk for draft in drafts]) > depths).sum(1)
+        if TREES not in self._shapes:
+            return np.array([[lines], [lines]], float)
+        trees = (np.array([draft.depth for draft in drafts]) > depths).sum(1)
+        nodes = np.bincount([depth for draft in drafts for depth in draft.depths], minlength=self.longest + 1)
+        return np.array([[lines, trees], [lines, nodes[1:]]], float)
+
+    def _next(self, best: tuple[int, int]) -> tuple[int, int]:
+        """Shape of the next drafts, and their depth less one. best: with which most is made of the next step."""
         turn = self.cost.draft_steps % LONG_EVERY
         if not self._attempting or turn > 1:
-            return best + 1
-        return 1 if turn else self.longest
+            return best
+        return LINES, 0 if turn else self.longest - 1
 
     def _losses(
-        self, reaching: np.ndarray, sequences: int, reads: Sequence[int], attempts: int
-    ) -> tuple[int, np.ndarray]:
-        """With which length, from 1 on, most is made of the next step; and the seconds, float64 [longest], that each of
-        them loses beside a plain step.
+        self, drafts: np.ndarray, sequences: int, reads: Sequence[int], attempts: int
+    ) -> tuple[tuple[int, int], np.ndarray]:
+        """With which shape, and which depth less one, most is made of the next step; and the seconds, float64 [shapes,
+        longest], that each of them loses beside a plain step.
 
-        reaching: how many drafts have each position, of so many attempts.
+        drafts: see `_by_depth`, of so many attempts.
         """
+        reaching, nodes = drafts
         plain = self.cost.plain(sequences, reads)
         if not self.cost.draft_steps:
-            return self.longest - 1, np.full(self.longest, plain)
-        seconds = self.cost.extra(attempts, reaching.cumsum())
-        yields = WORTH * (reaching * self.chances).cumsum()
-        best = int(((sequences + yields) / np.maximum(plain + seconds, 1e-9)).argmax())
+            return (LINES, self.longest - 1), np.full(nodes.shape, plain)
+        seconds = self.cost.extra(attempts, nodes.cumsum(1))
+        yields = WORTH * (reaching * self.chances).cumsum(1)
+        speeds = (sequences + yields) / np.maximum(plain + seconds, 1e-9)
         each = self.cost.plain(sequences, ()) / sequences
-        return best, seconds - each * yields
+        return divmod(int(speeds.argmax()), self.longest), seconds - each * yields
 
-    def available(self, sequences: int, lengths: Sequence[int]) -> None:
-        """Of a step for which drafts were made: how long they were, before `choose` cut them."""
-        self._attempts = len(lengths)
+    def available(self, sequences: int, drafts: Sequence[DraftTree]) -> None:
+        """Of a step for which drafts were made: as they were before `choose` cut them."""
+        self._attempts = len(drafts)
         self._sequences = MEMORY * self._sequences + sequences
-        self._reaching *= MEMORY
-        self._reaching += (np.array(lengths)[None, :] > np.arange(self.longest)[:, None]).sum(1)
+        for seen, now in zip((self._reaching, self._nodes), self._by_depth(drafts)):
+            seen *= MEMORY
+            seen += now
 
     def observe(
-        self, sequences: int, reads: Sequence[int], drafted: Sequence[int], kept: Sequence[int], seconds: float
+        self, sequences: int, reads: Sequence[int], drafts: Sequence[DraftTree], kept: Sequence[Sequence[int]],
+        seconds: float,
     ) -> None:
-        """Of a step that was looked at: lengths of its drafts, empty ones included, and how much was kept of each."""
+        """Of a step that was looked at: what was verified, empty drafts included, and which nodes of each were kept."""
         attempts, self._attempts = self._attempts, 0
-        knew, tokens = self.cost.knows_plain, sum(drafted)
+        knew, tokens = self.cost.knows_plain, sum(map(len, drafts))
         seconds = self.cost.observe(sequences, reads, attempts, tokens, seconds)
         self._rested = 0
         if not self.cost.knows_plain:
@@ -153,11 +177,11 @@ class DraftLengths:
         self._budget += self._share * seconds
         if attempts:
             each = self.cost.least(sequences, ()) / sequences
-            self._settle(self.cost.least(sequences, reads) + WORTH * sum(kept) * each - seconds)
+            self._settle(self.cost.least(sequences, reads) + WORTH * sum(map(len, kept)) * each - seconds)
         self._account = min(self._account, LUCK_STEPS * step)
         self._budget = min(self._budget, ATTEMPT_STEPS * step)
         if tokens:
-            self._learn(drafted, kept)
+            self._learn(drafts, kept)
         self._since_plain = self._since_plain + 1 if attempts else 0
         self._since_drafts = 0 if attempts else self._since_drafts + 1
 
@@ -170,12 +194,18 @@ class DraftLengths:
             self._budget += min(won, 0.0)
             self._share = ALLOWANCE if won > 0 else max(FAILED * self._share, LEAST_ALLOWANCE)
 
-    def _learn(self, drafted: Sequence[int], kept: Sequence[int]) -> None:
-        positions = np.arange(self.longest)[:, None]
-        lengths, agreed = np.array(drafted), np.array(kept)
-        reached = (lengths > positions) & (agreed >= positions)
+    def _learn(self, drafts: Sequence[DraftTree], kept: Sequence[Sequence[int]]) -> None:
         fading = MEMORY ** (1 + self._since_drafts / PLAIN_EVERY)
-        for seen, now in ((self._tried, reached), (self._kept, agreed > positions)):
-            seen *= fading
-            seen += now.sum(1)
+        self._tried *= fading
+        self._kept *= fading
+        self._count(LINES, [draft.trunk for draft in drafts],
+                    [sum(node < draft.trunk for node in nodes) for draft, nodes in zip(drafts, kept)])
+        if self._shape == TREES:
+            self._count(TREES, [draft.depth for draft in drafts], [len(nodes) for nodes in kept])
         self.chances = self._chances()
+
+    def _count(self, shape: int, lengths: Sequence[int], kept: Sequence[int]) -> None:
+        depths = np.arange(self.longest)[:, None]
+        lengths, kept = np.array(lengths), np.array(kept)
+        self._tried[shape] += ((lengths > depths) & (kept >= depths)).sum(1)
+        self._kept[shape] += (kept > depths).sum(1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,7 +10,12 @@ import numpy as np
 from megatron_pbsd.rollout.engines.protocol import Chunk, ChunkResult, Engine, EngineStatistics
 
 if TYPE_CHECKING:
+    from megatron_pbsd.models.sglang import ServerParallel
+    from megatron_pbsd.platform.process_group import GroupPlace
+    from megatron_pbsd.platform.usage import MemoryUse
+    from megatron_pbsd.resharding.arrival import Arriving
     from megatron_pbsd.resharding.manifest import WeightsManifest
+    from megatron_pbsd.resharding.stream import Described
 
 
 class EngineHost:
@@ -43,8 +48,29 @@ class EngineHost:
     def update_weights(self, manifest: WeightsManifest, version: int) -> None:
         self._engine.update_weights(manifest, version)
 
+    def begin_update(self, tensors: Described, version: int, base: int | None = None) -> None:
+        self._engine.begin_update(tensors, version, base)
+
+    def load(self, bucket: Arriving) -> None:
+        self._engine.load(bucket)
+
+    def end_update(self) -> None:
+        self._engine.end_update()
+
+    def join_group(self, place: GroupPlace, rank: int) -> ServerParallel | None:
+        return self._engine.join_group(place, rank)
+
     def write_weights(self, manifest: WeightsManifest) -> None:
         self._engine.write_weights(manifest)
+
+    def sleep(self, tags: Collection[str]) -> None:
+        self._engine.sleep(tags)
+
+    def wake(self, tags: Collection[str]) -> None:
+        self._engine.wake(tags)
+
+    def memory(self) -> MemoryUse:
+        return self._engine.memory()
 
     def checksums(self) -> dict[str, str]:
         return self._engine.checksums()

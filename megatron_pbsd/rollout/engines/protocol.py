@@ -6,7 +6,7 @@ thread.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -15,8 +15,17 @@ import numpy as np
 from megatron_pbsd.errors import Lost, PbsdError
 from megatron_pbsd.trajectory import FinishReason, VersionSpan
 
-if TYPE_CHECKING:  # which needs torch; a coordinator does not
+if TYPE_CHECKING:  # which need torch; a coordinator does not
+    from megatron_pbsd.models.sglang import ServerParallel
+    from megatron_pbsd.platform.process_group import GroupPlace
+    from megatron_pbsd.platform.usage import MemoryUse
+    from megatron_pbsd.resharding.arrival import Arriving
     from megatron_pbsd.resharding.manifest import WeightsManifest
+    from megatron_pbsd.resharding.stream import Described
+
+
+MEMORY_TAGS = ("kv_cache", "weights")
+"""What an engine can give the memory of away, and take back."""
 
 
 class EngineError(PbsdError):
@@ -58,6 +67,7 @@ class Chunk:
     group_id:     trajectories of one prompt share it; what their contexts have in common is computed once, and they are
                   drafted for from each other. Empty: none.
     siblings:     what others of the group have read and generated at other engines, to draft from.
+    priority:     an engine that has to choose which chunks to begin, or to keep, may choose larger ones.
     """
 
     request_id: str
@@ -70,6 +80,7 @@ class Chunk:
     kv_from: str | None = None
     group_id: str = ""
     siblings: tuple[SiblingTokens, ...] = ()
+    priority: int = 0
 
 
 def fault_of(tokens: Sequence[int], vocabulary: int) -> str | None:
@@ -192,8 +203,40 @@ class Engine(Protocol):
         EngineError naming the tensor when one is missing, unexpected, or of another shape or dtype.
         """
 
+    def begin_update(self, tensors: Described, version: int, base: int | None = None) -> None:
+        """The same in parts: from here on `submit`, `collect` and `score` are an EngineError, until `end_update`. May
+        be called again, to begin anew.
+
+        tensors: all that there are, compared as in `update_weights` before anything changes. base: the version that
+        those that do not arrive are left at; EngineError when the engine has another. None: all will arrive.
+        """
+
+    def load(self, bucket: Arriving) -> None:
+        """Copy these tensors into the parameters. EngineError or EngineDied leave the update without an end."""
+
+    def end_update(self) -> None:
+        """The engine has the version that `begin_update` named. EngineError naming tensors that have not arrived."""
+
+    def join_group(self, place: GroupPlace, rank: int) -> ServerParallel | None:
+        """Join the group that later buckets are sent in, the first of the engine's ranks as `rank`; an earlier one is
+        left. Returns how its ranks divide the model, if each can be sent its part alone (`arrival.Scattered`)."""
+
     def write_weights(self, manifest: WeightsManifest) -> None:
         """Copy every parameter to its tensor of the manifest: the reverse of `update_weights`, with the same errors."""
+
+    def sleep(self, tags: Collection[str]) -> None:
+        """Give the memory of these away, of `MEMORY_TAGS`; what has been given away already stays so.
+
+        EngineError while chunks are in flight. Until it has woken, and weights until they have been published again
+        besides, everything that needs one of them raises EngineError.
+        """
+
+    def wake(self, tags: Collection[str]) -> None:
+        """Take the memory of these back. The KV cache is empty then, whatever was parked of it included, and weights
+        are undefined: `update_weights` must follow."""
+
+    def memory(self) -> MemoryUse:
+        """Bytes that it holds now, by tag; and what its processes use, if it computes on a CPU."""
 
     def checksums(self) -> dict[str, str]:
         """HF tensor name → checksum of the bytes the engine computes with (resharding.manifest.checksum)."""

@@ -33,4 +33,4 @@ def configured_policy(config: RolloutConfig, tasks: Mapping[str, str], history: 
         case "context_aware":
             return ContextAware(chunk, LengthContext(limit, prior(history.longest)))
         case "longest_remaining":
-            return LongestRemaining(chunk, LengthModel(limit, prior(history.typical)))
+            return LongestRemaining(chunk, LengthModel(limit, prior(history.typical), history.share))

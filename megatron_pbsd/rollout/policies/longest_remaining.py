@@ -1,9 +1,9 @@
 """The largest likely remaining length first: what is known of a group, and how far a request has come, together.
 
 Differs from `context_aware` in what it learns (`length_model`: all members' progress, not the longest finished length
-alone), in ranking by what remains instead of by the whole (so that all requests end at about the same time, however
-late it turned out that they are long), in learning about all groups at the same pace before it knows any of them, and
-in moving requests whenever engines are unevenly loaded.
+alone; `length_correlation`: how much siblings say of each other), in ranking by what remains instead of by the whole
+(so that all requests end at about the same time, however late it turned out that they are long), in learning about all
+groups at the same pace before it knows any of them, and in moving requests whenever engines are unevenly loaded.
 """
 
 from __future__ import annotations
@@ -26,25 +26,25 @@ class LongestRemaining:
         self.chunk_tokens: int | None = chunk_tokens
         self.lengths = lengths
         self._members: dict[str, list[Request]] = {}
-        self._places: dict[str, int] = {}
         self._queue = RequestQueue(self._key)
         self._turns = Turns(turn_every)
 
     def _key(self, request: Request) -> float:
-        """Minus the likely remaining length, in one number because comparing tuples takes several times as long: probes
-        are ahead by more than any length, and between equal lengths the begun are, then the groups' first members."""
-        place = self._places[request.request_id]
-        remaining = self.lengths.remaining(request.group_id, request.generated)
+        """Minus the urgency, in one number because comparing tuples takes several times as long: probes are ahead by
+        more than any length, and between equal ones the begun are, then the groups' first members."""
         ahead = 0.5 if request.begun else 0.0
-        if place == 0 and not self.lengths.known(request.group_id):
+        if request.place == 0 and not self.lengths.known(request.group_id):
             ahead += PROBES_AHEAD
-        return place / LARGEST_GROUP - ahead - remaining
+        return request.place / LARGEST_GROUP - ahead - self._urgency(request)
+
+    def _urgency(self, request: Request) -> float:
+        return self.lengths.urgency(request.group_id, request.generated)
 
     def wait(self, request: Request) -> None:
         tokens = request.generated
-        if request.request_id not in self._places:
+        if request.ticket == 1:
             members = self._members.setdefault(request.group_id, [])
-            self._places[request.request_id] = len(members)
+            request.place = len(members)
             members.append(request)
             self.lengths.submitted()
         elif tokens and self.lengths.reached(request.group_id, request.request_id, tokens):

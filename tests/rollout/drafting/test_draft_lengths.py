@@ -7,13 +7,18 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings, strategies as st
 
-from megatron_pbsd.rollout.drafting.draft_lengths import DraftLengths
+from megatron_pbsd.rollout.drafting.draft_lengths import LINES, TREES, DraftLengths
+from megatron_pbsd.rollout.drafting.draft_tree import NO_DRAFT, DraftTree
 from megatron_pbsd.rollout.drafting.step_cost import DecayedLeastSquares, StepCost
 
 
 @dataclass
 class Engine:
-    """An engine that costs and accepts what it is told to, and how much a rule makes of it."""
+    """An engine that costs and accepts what it is told to, and how much a rule makes of it.
+
+    acceptance: chance of a token that follows an accepted one, or begins the first path. others: chance that one of the
+    other paths begins as it should where the first does not.
+    """
 
     step: float
     per_sequence: float
@@ -22,62 +27,83 @@ class Engine:
     acceptance: float
     noise: float = 0.0
     seed: int = 0
+    paths: int = 1
+    others: float = 0.0
 
     def __post_init__(self) -> None:
+        self.draft = DraftTree.of([[path] * 8 for path in range(self.paths)])
         self.random = random.Random(self.seed)
         self.seconds = self.plain_seconds = 0.0
-        self.tokens = self.drafted_steps = 0
+        self.tokens = self.drafted_steps = self.tree_steps = 0
 
     def plain(self, sequences: int) -> float:
         return self.step + self.per_sequence * sequences
 
     def run(self, rule: DraftLengths, sequences: int) -> None:
-        drafted, rests = [0] * sequences, rule.rests(sequences)
+        drafts, rests = [NO_DRAFT] * sequences, rule.rests(sequences)
         if not rests and rule.worthwhile(sequences, ()):
-            rule.available(sequences, [8] * sequences)
-            drafted = rule.choose([8] * sequences, sequences, ())
-        kept = [self._kept(n) for n in drafted]
-        made = self.plain(sequences) + self.per_draft * sum(n > 0 for n in drafted) + self.per_token * sum(drafted)
+            available = [self.draft] * sequences
+            rule.available(sequences, available)
+            drafts = rule.choose(available, sequences, ())
+        kept = [self._kept(draft) for draft in drafts]
+        drafted, accepted = sum(map(len, drafts)), sum(map(len, kept))
+        made = self.plain(sequences) + self.per_draft * sum(map(bool, drafts)) + self.per_token * drafted
         luck = 1 + self.noise * self.random.uniform(-1, 1)
         made *= luck
         if rests:
             rule.rested(made)
         else:
-            rule.observe(sequences, (), drafted, kept, made)
+            rule.observe(sequences, (), drafts, kept, made)
         self.seconds += made
-        self.tokens += sequences + sum(kept)
-        self.plain_seconds += luck * self.plain(sequences) / sequences * (sequences + sum(kept))
-        self.drafted_steps += any(drafted)
+        self.tokens += sequences + accepted
+        self.plain_seconds += luck * self.plain(sequences) / sequences * (sequences + accepted)
+        self.drafted_steps += drafted > 0
+        self.tree_steps += any(draft.branches for draft in drafts)
 
-    def _kept(self, drafted: int) -> int:
-        return next((i for i in range(drafted) if self.random.random() >= self.acceptance), drafted)
+    def _kept(self, draft: DraftTree) -> list[int]:
+        """Paths have nothing in common, so that the nodes of each are numbered in a row."""
+        if not draft:
+            return []
+        path, first = 0, self.random.random()
+        if first >= self.acceptance:
+            path = 1 if first < self.acceptance + (1 - self.acceptance) * self.others else self.paths
+            if path * draft.depth >= len(draft):
+                return []
+        follow = next((i for i in range(1, draft.depth) if self.random.random() >= self.acceptance), draft.depth)
+        return list(range(path * draft.depth, path * draft.depth + follow))
 
     def best_speed(self, sequences: int) -> float:
-        """Of all lengths, over no drafts."""
+        """Of all shapes and lengths, over no drafts."""
         speeds = [1.0]
-        for n in range(1, 9):
-            yielded = sum(self.acceptance ** i for i in range(n + 1))
-            extra = sequences * (self.per_draft + self.per_token * n)
-            speeds.append(yielded * self.plain(sequences) / (self.plain(sequences) + extra))
+        for paths in {1, self.paths}:
+            chance = self.acceptance + (1 - self.acceptance) * self.others * (paths > 1)
+            for n in range(1, 9):
+                yielded = 1 + chance * sum(self.acceptance ** i for i in range(n))
+                extra = sequences * (self.per_draft + self.per_token * n * paths)
+                speeds.append(yielded * self.plain(sequences) / (self.plain(sequences) + extra))
         return max(speeds)
+
+    def worst_step(self, sequences: int) -> float:
+        """Seconds of the longest that can be."""
+        extra = sequences * (self.per_draft + len(self.draft) * self.per_token)
+        return (1 + self.noise) * (self.plain(sequences) + extra)
 
 
 costs = st.builds(
     Engine, step=st.floats(1e-4, 1.0), per_sequence=st.floats(1e-5, 0.1), per_draft=st.floats(0, 0.3),
     per_token=st.floats(0, 0.3), acceptance=st.floats(0, 1), noise=st.sampled_from([0.0, 0.1, 0.3]),
-    seed=st.integers(0, 99))
+    seed=st.integers(0, 99), paths=st.sampled_from([1, 2, 4]), others=st.floats(0, 1))
 
 
 @settings(max_examples=25)
 @given(costs, st.integers(1, 40))
 @example(Engine(1.0, 0.0625, 0.0, 0.09375, acceptance=1.0, noise=0.3), 38)
 def test_never_slower_by_more_than_two_percent(engine, sequences):
-    rule = DraftLengths()
+    rule = DraftLengths(paths=engine.paths)
     for _ in range(800):
         engine.run(rule, sequences)
     # And the first step with drafts, which are long, and whose loss nobody could foresee.
-    worst = (1 + engine.noise) * (engine.plain(sequences) + sequences * (engine.per_draft + 8 * engine.per_token))
-    assert engine.seconds <= 1.02 * engine.plain_seconds + worst
+    assert engine.seconds <= 1.02 * engine.plain_seconds + engine.worst_step(sequences)
 
 
 @settings(max_examples=25)
@@ -85,7 +111,7 @@ def test_never_slower_by_more_than_two_percent(engine, sequences):
 @example(Engine(1.0, 0.1, 0.226, 0.0, acceptance=0.75, noise=0.3, seed=4), 23)
 @example(Engine(0.25, 0.03125, 0.25, 0.125, acceptance=0.9375), 1)
 def test_most_of_what_can_be_won_is_won(engine, sequences):
-    engine.noise, rule = min(engine.noise, 0.1), DraftLengths()
+    engine.noise, rule = min(engine.noise, 0.1), DraftLengths(paths=engine.paths)
     for _ in range(800):
         engine.run(rule, sequences)
     engine.seconds = engine.plain_seconds = 0.0
@@ -163,31 +189,74 @@ def test_a_pause_of_the_machine_does_not_end_drafts_that_pay():
     assert engine.drafted_steps > 40
 
 
-def known(chances, per_token, sequences=10):
+def chosen(rule, available):
+    """Lengths of lines that are left of lines of these lengths."""
+    drafts = rule.choose([DraftTree.line([0] * n) for n in available], 10, ())
+    assert not any(draft.branches for draft in drafts)
+    return [len(draft) for draft in drafts]
+
+
+def known(chances, per_token, sequences=10, paths=1):
     """A rule that has learned these conditional chances and costs."""
-    rule = DraftLengths(len(chances))
+    rule = DraftLengths(len(chances), paths)
     for _ in range(400):
         rule.cost.observe(sequences, (), 0, 0, 1.0)
     for n in (1, 2, 3, 4) * 20:
         rule.cost.observe(sequences, (), sequences, sequences * n, 1.0 + per_token * sequences * n)
-    rule._tried[:], rule._kept[:] = 1e9, 1e9 * np.array(chances)
+    rule._tried[LINES], rule._kept[LINES] = 1e9, 1e9 * np.array(chances)
     rule.chances = rule._chances()
     return rule
 
 
 def test_drafts_are_as_long_as_a_further_token_pays():
     # Of ten sequences 10, 19, 22.5 or 22.85 tokens are made in 1, 1.2, 1.4 or 1.6 seconds.
-    assert known([0.9, 0.35 / 0.9, 0.1], 0.02).choose([3] * 10, 10, ()) == [2] * 10
-    assert known([0.9, 0.25 / 0.9, 0.1], 0.02).choose([3] * 10, 10, ()) == [1] * 10
-    assert known([0.9, 0.25 / 0.9, 0.1], 1e-5).choose([3] * 10, 10, ()) == [3] * 10
+    assert chosen(known([0.9, 0.35 / 0.9, 0.1], 0.02), [3] * 10) == [2] * 10
+    assert chosen(known([0.9, 0.25 / 0.9, 0.1], 0.02), [3] * 10) == [1] * 10
+    assert chosen(known([0.9, 0.25 / 0.9, 0.1], 1e-5), [3] * 10) == [3] * 10
     # And drafts that end earlier are not lengthened.
-    assert known([0.9, 0.9, 0.9], 1e-5).choose([3, 0, 1, 2], 10, ()) == [3, 0, 1, 2]
+    assert chosen(known([0.9, 0.9, 0.9], 1e-5), [3, 0, 1, 2]) == [3, 0, 1, 2]
 
 
-@given(st.lists(st.integers(0, 9), min_size=1, max_size=40), st.floats(0, 0.2))
+def test_trees_are_verified_as_far_as_they_pay():
+    """Ten sequences make 10, 15 or 17.5 tokens with lines, 10, 16 or 19.6 with trees of twice as many nodes."""
+    tree = DraftTree.of([[0, 0], [1, 1]])
+    for per_token, expected in ((0.002, tree), (0.01, tree.first_path), (0.035, tree.first_path.cut(1))):
+        rule = known([0.5, 0.5], per_token, paths=2)
+        rule._tried[TREES], rule._kept[TREES] = 1e9, 1e9 * np.array([0.6, 0.6])
+        rule.chances = rule._chances()
+        assert rule.choose([tree] * 10, 10, ()) == [expected] * 10
+
+
+@pytest.mark.parametrize(("others", "per_token", "trees"), [(0.8, 0.002, True), (0.8, 0.03, False), (0.0, 0.02, False)])
+def test_trees_are_verified_where_they_pay_more_than_lines(others, per_token, trees):
+    engine = Engine(1.0, 0.0, 0.0, per_token, acceptance=0.6, paths=4, others=others)
+    rule = DraftLengths(paths=4)
+    for _ in range(600):
+        engine.run(rule, 8)
+    engine.drafted_steps = engine.tree_steps = 0
+    for _ in range(300):
+        engine.run(rule, 8)
+    assert engine.drafted_steps > 250
+    assert engine.tree_steps > 200 if trees else engine.tree_steps < 30
+
+
+def test_trees_that_begin_to_pay_are_noticed_while_lines_are_verified():
+    engine, rule = Engine(1.0, 0.0, 0.0, 0.003, acceptance=0.6, paths=4), DraftLengths(paths=4)
+    steps = []
+    for engine.others in (0.0, 0.9):
+        for _ in range(800):
+            engine.run(rule, 8)
+        engine.tree_steps = 0
+        for _ in range(200):
+            engine.run(rule, 8)
+        steps.append(engine.tree_steps)
+    assert steps[0] < 30 and steps[1] > 150
+
+
+@given(st.lists(st.integers(0, 8), min_size=1, max_size=40), st.floats(0, 0.2))
 def test_choices_are_within_what_there_is(available, per_token):
-    lengths = known([0.7] * 8, per_token).choose(available, 10, ())
-    assert all(0 <= chosen <= min(n, 8) for chosen, n in zip(lengths, available, strict=True))
+    lengths = chosen(known([0.7] * 8, per_token), available)
+    assert all(0 <= length <= n for length, n in zip(lengths, available, strict=True))
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.02])

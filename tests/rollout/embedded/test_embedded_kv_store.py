@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
-from megatron_pbsd.resharding.shared_memory import SharedFolder
+from megatron_pbsd.resharding.shared_folder import SharedFolder
 from megatron_pbsd.rollout.engines.embedded.kv_pool import PoolPlace
 from megatron_pbsd.rollout.engines.protocol import Chunk
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from itertools import count
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-from megatron_pbsd.rollout.engines.embedded.speculation import Speculation
+from megatron_pbsd.resharding.shared_folder import SharedFolder
+from megatron_pbsd.rollout.drafting.acceptance import Trace, acceptance
+from megatron_pbsd.rollout.engines.embedded.kv_pool import PoolPlace
+from megatron_pbsd.rollout.engines.embedded.speculation import LEAST_CHANCE, Speculation
 from megatron_pbsd.rollout.engines.protocol import Chunk, SiblingTokens
 
 
@@ -35,11 +39,22 @@ def groups_of(prompts, *, seed=0, new_tokens=40, temperature=0.7, **others):
             for g, prompt in enumerate(prompts) for i in range(4)]
 
 
+@pytest.fixture(params=[1, 2, 4], ids="{} paths".format)
+def paths(request) -> int:
+    return request.param
+
+
+@pytest.fixture
+def always(paths):
+    """What drafts so many paths of so many tokens whenever there are any."""
+    return lambda longest=8: Speculation(longest, paths, always=True)
+
+
 @pytest.mark.parametrize("temperature", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("some_family", ["qwen3", "qwen3_moe", "deepseek_v3"])
-def test_tokens_and_log_probs_are_those_without_drafts(make_engine, prompts, some_family, temperature):
+def test_tokens_and_log_probs_are_those_without_drafts(make_engine, always, prompts, some_family, temperature):
     chunks = groups_of(prompts[:8:2], temperature=temperature, stop_token_ids=(7,))
-    plain, drafting = make_engine(some_family), make_engine(some_family, speculation=Speculation(8, always=True))
+    plain, drafting = make_engine(some_family), make_engine(some_family, speculation=always())
     for engine in (plain, drafting):
         engine.submit(chunks)
     same(drain(drafting), drain(plain))
@@ -56,6 +71,7 @@ def test_random_loads(make_engine, data):
     """Any slots, chunks, drafts, limits and stop tokens, aborts and forgotten contexts in between."""
     draw = data.draw
     slots, longest, total = draw(st.integers(1, 6)), draw(st.integers(1, 8)), draw(st.integers(1, 40))
+    paths = draw(st.integers(1, 5))
     temperature, stop = draw(st.sampled_from([0.0, 0.5, 1.0])), draw(st.integers(0, 95))
     order = random.Random(draw(st.integers(0, 99)))
     starts = [tuple(draw(st.lists(st.integers(0, 95), min_size=1, max_size=40))) for _ in range(3)]
@@ -84,27 +100,29 @@ def test_random_loads(make_engine, data):
         return tokens, log_probs
 
     expected, expected_log_probs = roll_out(make_engine(max_context=128), lambda n: n)
-    engine = make_engine(slots=slots, max_context=128, speculation=Speculation(longest, always=True))
-    tokens, log_probs = roll_out(engine, lambda n: order.randint(1, n))
+    with SharedFolder() as folder:
+        engine = make_engine(slots=slots, max_context=128, speculation=Speculation(longest, paths, always=True),
+                             kv_pool=PoolPlace(folder.path, 2**22, shared=False))
+        tokens, log_probs = roll_out(engine, lambda n: order.randint(1, n))
     assert tokens == expected
     for name, values in log_probs.items():
         np.testing.assert_allclose(values, expected_log_probs[name], atol=1e-5)
 
 
-def test_the_rule_drafts_by_the_clock_it_is_given(make_engine, prompts):
+def test_the_rule_drafts_by_the_clock_it_is_given(make_engine, paths, prompts):
     """By this one each step takes as long, so that drafts cost nothing once they are tried."""
     chunks = groups_of(prompts[:4:2], temperature=0.0, new_tokens=60)
-    plain, drafting = make_engine(), make_engine(speculation=Speculation(8, clock=count().__next__))
+    plain, drafting = make_engine(), make_engine(speculation=Speculation(8, paths, clock=count().__next__))
     for engine in (plain, drafting):
         engine.submit(chunks)
     same(drain(drafting), drain(plain))
     assert drafting.statistics().decode_steps < 0.9 * plain.statistics().decode_steps
 
 
-def test_experts_are_those_of_the_pass_in_use(make_engine, prompts):
+def test_experts_are_those_of_the_pass_in_use(make_engine, always, prompts):
     chunks = groups_of(prompts[1:3], temperature=0.3, routed_from=0)
     plain = make_engine("qwen3_moe")
-    drafting = make_engine("qwen3_moe", speculation=Speculation(8, always=True))
+    drafting = make_engine("qwen3_moe", speculation=always())
     for engine in (plain, drafting):
         engine.submit(chunks)
     expected, results = drain(plain), drain(drafting)
@@ -113,32 +131,79 @@ def test_experts_are_those_of_the_pass_in_use(make_engine, prompts):
         np.testing.assert_array_equal(result.routed_experts, expected[name].routed_experts)
 
 
-def test_a_chunk_never_outgrows_the_context(make_engine):
-    engine = make_engine(max_context=40, slots=2, speculation=Speculation(8, always=True))
+def test_a_chunk_never_outgrows_the_context(make_engine, always):
+    engine = make_engine(max_context=40, slots=2, speculation=always())
     engine.submit([Chunk("a", (1, 2, 3) * 6, 100, seed=0, temperature=0.0)])
     (result,) = engine.collect()
     assert len(result.tokens) == 22 and result.finish_reason == "length"
 
 
-def test_siblings_of_other_engines_are_drafted_from(make_engine, prompts):
-    alone = make_engine(speculation=Speculation(8, always=True))
+def test_siblings_of_other_engines_are_drafted_from(make_engine, always, prompts):
+    alone = make_engine(speculation=always())
     first, second = groups_of(prompts[3:4], temperature=0.0, new_tokens=30)[:2]
     alone.submit([first])
     (sibling,) = alone.collect()
-    engine = make_engine(speculation=Speculation(8, always=True))
+    engine = make_engine(speculation=always())
     told = SiblingTokens("0/0", 0, first.tokens + sibling.tokens)
     unusable = SiblingTokens("0/9", 5, (1, 2, 3))
-    engine.submit([Chunk(**{**vars(second), "siblings": (told, unusable)})])
+    engine.submit([replace(second, siblings=(told, unusable))])
     (result,) = engine.collect()
     # A greedy member says what its sibling said: eight tokens and one more at every step.
     assert result.tokens == sibling.tokens[:29]
     assert engine.statistics().decode_steps <= 5
 
 
-def test_new_weights_under_a_running_chunk(make_engine, publish, reference, prompts):
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])
+def test_a_chunk_that_ends_within_a_path_is_gone_on_with(make_engine, always, paths, prompts, family):
+    """Of what is told, the wrong continuation is the more frequent one: the right one is beside the first path."""
+    prompt, plain, drafting = prompts[4], make_engine(family), make_engine(family, speculation=always())
+    plain.submit([Chunk("unbounded", prompt, 30, seed=0, temperature=0.0)])
+    right = plain.collect()[0].tokens
+    wrong = right[:1] + tuple((token + 1) % 96 for token in right[1:])
+    told = tuple(SiblingTokens(name, 0, prompt + tokens) for name, tokens in zip("abc", (wrong, wrong, right)))
+    last = next(i for i in range(4, 9) if right[i] not in right[:i])
+    first = Chunk("r", prompt, 30, seed=0, temperature=0.0, stop_token_ids=(right[last],), group_id="g",
+                  siblings=told, routed_from=0)
+    second = replace(first, tokens=prompt + right[: last + 1] + (1, 2, 3), max_new_tokens=20, stop_token_ids=())
+    for chunk in (first, second):
+        results = []
+        for engine in (plain, drafting):
+            engine.submit([chunk])
+            results += engine.collect()
+        expected, result = results
+        same({"r": result}, {"r": expected})
+        assert result.cached_tokens == expected.cached_tokens
+        np.testing.assert_array_equal(result.routed_experts, expected.routed_experts)
+        if chunk is first:
+            assert result.finish_reason == "stop" and len(result.tokens) == last + 1
+            assert paths == 1 or drafting.statistics().decode_steps == 2
+
+
+@pytest.mark.parametrize("siblings", [1, 3])
+def test_as_much_is_accepted_as_acceptance_finds(make_engine, always, paths, prompts, siblings):
+    """Members that generate one after the other; each is told of those that `acceptance` takes for it."""
+    members = groups_of(prompts[4:5], temperature=0.4)
+    alone = make_engine()
+    alone.submit(members)
+    generated = drain(alone)
+    whole = [chunk.tokens + generated[chunk.request_id].tokens for chunk in members]
+    # The first token comes of reading the prompt.
+    found = acceptance([Trace(tokens, ((len(members[0].tokens) + 1, len(tokens)),)) for tokens in whole], siblings,
+                       width=paths, least=LEAST_CHANCE)
+    engine = make_engine(speculation=always())
+    for i, chunk in enumerate(members):
+        told = [SiblingTokens(f"{k}", 0, whole[(i + 1 + k) % 4]) for k in range(siblings)]
+        engine.submit([replace(chunk, group_id=f"of {i}", siblings=tuple(told))])
+        assert engine.collect()[0].tokens == generated[chunk.request_id].tokens
+    statistics = engine.statistics()
+    assert statistics.decode_steps == found.passes + len(members)
+    assert (statistics.accepted_tokens, statistics.drafted_tokens) == (found.tokens - found.passes, found.drafted)
+
+
+def test_new_weights_under_a_running_chunk(make_engine, always, publish, reference, prompts):
     published = publish({name: tensor for name, tensor in reference().state_dict().items() if name != "lm_head.weight"})
     results = []
-    for speculation in (None, Speculation(4, always=True)):
+    for speculation in (None, always(4)):
         engine = make_engine(slots=4, speculation=speculation)
         engine.submit(groups_of(prompts[2:3], temperature=0.3))
         # It ends first, being the shortest, and leaves the others running.

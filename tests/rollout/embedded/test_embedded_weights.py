@@ -100,9 +100,10 @@ def test_segment_survives_the_exit_of_a_process_that_read_it(publish):
     script = (
         "import sys, torch\n"
         "from megatron_pbsd.resharding.manifest import layout\n"
-        "from megatron_pbsd.rollout.engines.embedded.weights import copy_published\n"
+        "from megatron_pbsd.resharding.shared_memory import attach\n"
+        "from megatron_pbsd.rollout.engines.embedded.weights import copy_into\n"
         "w = torch.zeros(4)\n"
-        "copy_published(layout(sys.argv[1], {'w': ('float32', (4,))}), {'w': w})\n"
+        "copy_into(attach(layout(sys.argv[1], {'w': ('float32', (4,))})), {'w': w})\n"
         "assert w.tolist() == [0, 1, 2, 3]\n"
     )
     subprocess.run([sys.executable, "-c", script, manifest.segment], check=True)

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, rule
 
-from megatron_pbsd.resharding.shared_memory import ROOT, Segment, SharedFolder
+from megatron_pbsd.resharding.shared_folder import SharedFolder
+from megatron_pbsd.resharding.shared_memory import ROOT, Segment
 from megatron_pbsd.rollout.engines.embedded.kv_cache import common_prefix
 from megatron_pbsd.rollout.engines.embedded.kv_pool import KVPool, PoolPlace
 

@@ -14,7 +14,7 @@ from scripted_rollout import EchoEnvironment, requests
 from megatron_pbsd.config import RolloutConfig
 from megatron_pbsd.controller.failures import ComponentHung
 from megatron_pbsd.controller.inline import InlineRuntime
-from megatron_pbsd.resharding.shared_memory import SharedFolder
+from megatron_pbsd.resharding.shared_folder import SharedFolder
 from megatron_pbsd.rollout.coordinator import Coordinator
 from megatron_pbsd.rollout.engines.embedded.engine import EmbeddedEngine
 from megatron_pbsd.rollout.engines.embedded.kv_pool import PoolPlace

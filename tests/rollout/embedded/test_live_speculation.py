@@ -9,30 +9,37 @@ from scripted_rollout import EchoEnvironment, requests
 from megatron_pbsd import summary
 from megatron_pbsd.config import RolloutConfig
 from megatron_pbsd.controller.inline import InlineRuntime
+from megatron_pbsd.resharding.shared_folder import SharedFolder
 from megatron_pbsd.rollout.coordinator import Coordinator
 from megatron_pbsd.rollout.engines.embedded.engine import EmbeddedEngine
+from megatron_pbsd.rollout.engines.embedded.kv_pool import PoolPlace
 from megatron_pbsd.rollout.engines.embedded.speculation import Speculation
 from megatron_pbsd.rollout.engines.host import EngineHost
 
 
-def rolled_out(folder, policy, enabled, engines=2):
+def rolled_out(folder, policy, paths, engines=2):
+    """paths: of each draft; none without drafts."""
     chunks = {"chunk_tokens": 6} if policy == "divided" else {}
     config = RolloutConfig(slots=3, max_turns=3, max_turn_tokens=30, max_context=150, deadline_s=60, policy=policy,
-                           speculation={"enabled": enabled}, **chunks)
+                           speculation={"enabled": bool(paths), "paths": max(1, paths)}, **chunks)
     runtime = InlineRuntime()
-    handles = [runtime.spawn(f"engine-{i}", EngineHost, EmbeddedEngine, name=f"engine-{i}", model_path=str(folder),
-                             slots=config.slots, max_context=config.max_context,
-                             speculation=Speculation(8, always=True) if enabled else None) for i in range(engines)]
-    coordinator = Coordinator(handles, EchoEnvironment(), config, runtime.client)
-    groups = coordinator.collect(requests(3, 4), step=1, seed=5, temperature=0.4, routed_experts=True)
-    return [t for group in groups for t in group.trajectories], coordinator.statistics()
+    with SharedFolder() as folder_of_kv:
+        place = PoolPlace(folder_of_kv.path, 2**22, shared=config.divides)
+        handles = [runtime.spawn(f"engine-{i}", EngineHost, EmbeddedEngine, name=f"engine-{i}", model_path=str(folder),
+                                 slots=config.slots, max_context=config.max_context, kv_pool=place,
+                                 speculation=Speculation(8, paths, always=True) if paths else None)
+                   for i in range(engines)]
+        coordinator = Coordinator(handles, EchoEnvironment(), config, runtime.client)
+        groups = coordinator.collect(requests(3, 4), step=1, seed=5, temperature=0.4, routed_experts=True)
+        return [t for group in groups for t in group.trajectories], coordinator.statistics()
 
 
-@pytest.mark.parametrize(("family", "policy"), [
-    ("qwen3", "least_loaded"), ("qwen3", "divided"), ("qwen3_moe", "divided"), ("deepseek_v3", "least_loaded")])
-def test_trajectories_are_the_same_with_and_without_drafts(folders, family, policy):
-    expected, plain = rolled_out(folders[family], policy, enabled=False)
-    trajectories, statistics = rolled_out(folders[family], policy, enabled=True)
+@pytest.mark.parametrize(("family", "policy", "paths"), [
+    ("qwen3", "least_loaded", 1), ("qwen3", "divided", 2), ("qwen3_moe", "divided", 1), ("qwen3_moe", "divided", 4),
+    ("deepseek_v3", "least_loaded", 4)])
+def test_trajectories_are_the_same_with_and_without_drafts(folders, family, policy, paths):
+    expected, plain = rolled_out(folders[family], policy, paths=0)
+    trajectories, statistics = rolled_out(folders[family], policy, paths)
     for one, other in zip(trajectories, expected, strict=True):
         assert (one.trajectory_id, one.continuation) == (other.trajectory_id, other.continuation)
         for turn, wanted in zip(one.turns, other.turns, strict=True):
@@ -48,5 +55,5 @@ def test_trajectories_are_the_same_with_and_without_drafts(folders, family, poli
 
 def test_what_other_engines_generate_is_drafted_from(folders):
     """Four engines, of which each runs few members of a group, draft much as one that runs them all."""
-    accepted = [rolled_out(folders["qwen3"], "divided", enabled=True, engines=n)[1].accepted_tokens for n in (1, 4)]
+    accepted = [rolled_out(folders["qwen3"], "divided", paths=2, engines=n)[1].accepted_tokens for n in (1, 4)]
     assert accepted[1] > 0.5 * accepted[0]

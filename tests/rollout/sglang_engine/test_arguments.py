@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 
 import pytest
@@ -46,6 +47,8 @@ def test_a_right_argument_is_none(name, value):
 def test_all_problems_at_once(tmp_path):
     """Those of what the project sets itself do not need SGLang."""
     section = SGLangConfig(python=str(tmp_path / "absent"), args={"port": 1, "model_path": "x", "dp_size": 2})
+    assert "args.node_rank is set by the engine's machines" in arguments.problems(
+        SGLangConfig(args={"node_rank": 1}))[0]
     first, second, third, fourth = arguments.problems(section)
     assert "args.port is set by rollout.sglang.port" in first and "args.model_path is set by model.path" in second
     assert "args.dp_size = 2" in third and "raise rollout.engines" in third
@@ -98,14 +101,66 @@ def test_arguments_of_a_server():
 
 @pytest.mark.parametrize(("section", "message"), [
     ({"engine": "sglang"}, "needs rollout.sglang.python"),
-    ({"engine": "sglang", "speculation": {"enabled": True}, "sglang": {"python": "p"}},
-     "rollout.speculation.enabled has no effect"),
+    ({"engine": "sglang", "sglang": {"python": "p", "args": {"speculative_algorithm": "NGRAM", "device": "cpu"}}},
+     "speculative_algorithm = 'NGRAM': on CPUs .* the likeliest token at any temperature"),
     ({"sglang": {"args": {"tp_size": 2}}}, "rollout.sglang.args has no effect with rollout.engine = 'embedded'"),
+    ({"engine": "sglang", "sglang": {"python": "p", "args": {"tp_size": 4, "nnodes": 3}}},
+     r"nnodes = 3 machines cannot have equal parts of tp_size \* pp_size = 4 \* 1; valid: 1, 2, 4; the nearest is 2"),
+    ({"engine": "sglang", "sglang": {"python": "p", "args": {"tp_size": 4, "nnodes": "2"}}}, "nnodes = '2' machines"),
     ({"engine": "sglang", "engines": 8, "sglang": {"python": "p", "port": 65530}}, "the nearest valid value is 65528"),
 ])
 def test_conflicts(section, message):
     with pytest.raises(ValidationError, match=message):
         RunConfig.model_validate({**MINIMAL, "rollout": section})
+
+
+@pytest.mark.parametrize(("args", "message"), [
+    ({"tp_size": 16}, None), ({"tp_size": 4}, None), ({"tp_size": 8, "nnodes": 2}, None),
+    ({"tp_size": 12}, "= 12 does not fill nodes of cluster.gpus_per_node = 8; the nearest valid values are 8 and 16"),
+    ({"tp_size": 8, "nnodes": 8}, "nnodes = 8 exceeds cluster.nodes = 4; it may be at most 4"),
+    ({"tp_size": 16, "nnodes": 1}, "leaves 16 GPUs of a server to a node of .* = 8; the nearest valid value is 2")])
+def test_servers_on_the_nodes_of_a_cluster(args, message):
+    config = {**MINIMAL, "cluster": {"nodes": 4, "gpus_per_node": 8}, "learner": {"release_memory": True},
+              "rollout": {"engine": "sglang", "engines": 1, "sleep": "all", "sglang": {"python": "p", "args": args}}}
+    if message is None:
+        assert RunConfig.model_validate(config)
+    else:
+        with pytest.raises(ValidationError, match=message):
+            RunConfig.model_validate(config)
+
+
+DRAFTING = {"engine": "sglang", "speculation": {"enabled": True, "max_draft_tokens": 5}, "sglang": {"python": "p"}}
+
+
+def test_drafting():
+    config = RunConfig.model_validate({**MINIMAL, "rollout": DRAFTING}).rollout
+    made = arguments.server_arguments(config, "/m", number=0, load_weights=True, routed_experts=False)
+    assert arguments.DRAFTING.items() <= made.items() and made["speculative_num_draft_tokens"] == 6
+    plain = RolloutConfig(engine="sglang", sglang={"python": "p", "args": {"speculative_algorithm": "EAGLE"}})
+    made = arguments.server_arguments(plain, "/m", number=0, load_weights=True, routed_experts=False)
+    assert made["speculative_algorithm"] == "EAGLE" and not arguments.DRAFTING.items() <= made.items()
+    assert not plain.conflicts()
+
+
+def test_all_that_does_not_go_with_drafts_is_named_at_once():
+    args = {"speculative_algorithm": "EAGLE", "speculative_num_steps": 3, "pp_size": 2, "enable_dp_attention": True,
+            "disable_overlap_schedule": False, "page_size": 64}
+    with pytest.raises(ValidationError) as caught:
+        RunConfig.model_validate({**MINIMAL, "rollout": DRAFTING | {
+            "speculation": {"enabled": True, "paths": 2}, "sglang": {"python": "p", "args": args}}})
+    message = str(caught.value)
+    assert "rollout.speculation.paths = 2 has no effect with rollout.engine = 'sglang'" in message
+    assert all(f"rollout.sglang.args.{name}" in message for name in args)
+    assert "pp_size = 2 cannot be had" in message and "the only valid value is 1" in message
+    fitting = {"pp_size": 1, "disable_overlap_schedule": True, "page_size": 64, "attention_backend": "flashinfer"}
+    RunConfig.model_validate({**MINIMAL, "rollout": DRAFTING | {"sglang": {"python": "p", "args": fitting}}})
+
+
+def test_numba_compiles_for_each_environment_by_itself():
+    here, there = (arguments.server_environment(SGLangConfig(python=python))["NUMBA_CACHE_DIR"] for python in "ab")
+    assert here != there
+    own = SGLangConfig(python="a", environment={"NUMBA_CACHE_DIR": "/mine"})
+    assert arguments.server_environment(own)["NUMBA_CACHE_DIR"] == "/mine"
 
 
 def test_a_configuration_that_was_written_is_read_again():
@@ -118,3 +173,20 @@ def test_arguments_come_from_the_command_line_too():
     assert load_config("configs/quickstart.yaml", given, check_model=False).rollout.sglang.args == {"tp_size": 2}
     with pytest.raises(ConfigError, match=r"args = 3[\s\S]*keys are text and whose values are anything"):
         load_config("configs/quickstart.yaml", (*given[:4], "--rollout.sglang.args", "3"), check_model=False)
+
+
+def test_memory_is_saved_where_engines_are_to_sleep():
+    for sleep, device, expected in (("none", "cuda", False), ("all", "cuda", True), ("kv_cache", "cpu", None)):
+        config = RolloutConfig(engine="sglang", sleep=sleep, sglang={"python": "python", "args": {"device": device}})
+        made = arguments.server_arguments(config, "m", number=0, load_weights=True, routed_experts=False)
+        assert made.get("enable_memory_saver") is expected
+    (problem,) = arguments.problems(SGLangConfig(args={"enable_memory_saver": True}))
+    assert problem == "rollout.sglang.args.enable_memory_saver is set by rollout.sleep: leave it out"
+
+
+def test_weights_of_a_draft_model_do_not_sleep():
+    sglang = {"python": "python", "args": {"speculative_draft_model_path": "draft"}}
+    message = "rollout.sleep = 'all' would lose the draft model 'draft'.*valid value is 'kv_cache'"
+    for sleep, found in (("all", True), ("kv_cache", False)):
+        problems = RolloutConfig(engine="sglang", sleep=sleep, sglang=sglang).conflicts()
+        assert any(re.search(message, problem) for problem in problems) == found

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_pbsd.rollout.engines.protocol import Chunk
+from megatron_pbsd.rollout.drafting.request_news import GROUP, REQUEST, taken
+from megatron_pbsd.rollout.engines.protocol import Chunk, SiblingTokens
 from megatron_pbsd.rollout.engines.sglang.client import message_of
 from megatron_pbsd.rollout.engines.sglang.replies import (
     StaleWeights,
@@ -125,7 +126,29 @@ def test_a_request_continues_what_is_there():
     assert generate_body(chunk, (), "r", 8, 1)["routed_experts_start_len"] == 1
 
 
+def test_a_server_that_drafts_is_told_of_the_group():
+    chunk = Chunk("0/a/0", (1, 2), 10, seed=3, group_id="0/a", siblings=(SiblingTokens("0/a/1", 2, (7, 8)),))
+    said = generate_body(chunk, (5,), "0/a/0#4", 8, None, drafting=True)["sampling_params"]["custom_params"]
+    assert said[GROUP] == "0/a" and said[REQUEST] == "0/a/0" and taken(said) == [("0/a/1", 2, [7, 8])]
+    assert "custom_params" not in generate_body(chunk, (5,), "0/a/0#4", 8, None)["sampling_params"]
+
+
+def test_what_became_of_drafts():
+    plain = read_reply(RECORDED["length"], [WEIGHTS])
+    assert plain.drafts == plain.drafted_tokens == plain.accepted_tokens == 0
+    drafted = read_reply(
+        changed("length", spec_verify_ct=2, spec_num_proposed_drafts=16, spec_num_correct_drafts=3), [WEIGHTS])
+    assert (drafted.drafts, drafted.drafted_tokens, drafted.accepted_tokens) == (2, 16, 3)
+
+
 def test_seeds():
     seeds = {sampling_seed(seed, f"0/{group}/{i}") for seed in range(4) for group in "ab" for i in range(8)}
     assert len(seeds) == 64 and all(0 <= seed < 2**63 for seed in seeds)
     assert sampling_seed(1, "a") == sampling_seed(1, "a")
+
+
+def test_a_server_that_orders_requests_is_told_their_priority():
+    chunk = Chunk("0/a/0", (1, 2), 6, seed=1, priority=-7)
+    assert generate_body(chunk, (), "0/a/0#0", 6, None, prioritises=True)["priority"] == -7
+    # Others would end a request that has one, or ignore it.
+    assert "priority" not in generate_body(chunk, (), "0/a/0#0", 6, None)

@@ -8,35 +8,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers.modeling_utils import AttentionInterface
 
+from megatron_pbsd.rollout.drafting.draft_tree import DraftTree
 from megatron_pbsd.rollout.engines.embedded.kv_cache import SlotCache
+from megatron_pbsd.rollout.engines.embedded.padding import LONGEST_SEGMENT, QUERY_MULTIPLE, padded_keys, round_up
 
 PACKED_ATTENTION = "pbsd_packed"
-
-# The order in which CPU kernels (torch's flash attention over MKL) add up a token's attention depends on how many
-# queries and keys they are given. Within the bounds below it does not, so that a token has the same bits however its
-# sequence was cut and whatever ran beside it.
-QUERY_MULTIPLE = 16
-LONGEST_SEGMENT = 128
-KEY_MULTIPLE = 32
-KEY_BLOCK = 512
-
-
-def round_up(n: int, multiple: int) -> int:
-    return -(-n // multiple) * multiple
-
-
-def padded_keys(n: int) -> int:
-    """Number of keys to attend over when the longest context is n.
-
-    Keys are taken in blocks of 512, whose products are summed in halves of 256: only the last block may be shorter,
-    and only down to what fits into one half.
-    """
-    blocks, rest = divmod(n, KEY_BLOCK)
-    return blocks * KEY_BLOCK + (round_up(rest, KEY_MULTIPLE) if 2 * rest <= KEY_BLOCK else KEY_BLOCK)
 
 
 def least_queries(head_dim: int) -> int:
@@ -118,10 +99,11 @@ def split_segment(start: int, count: int, slot: int | None, past: int, like: tor
 
 
 def decode_rows(
-    start: int, slots: Sequence[int], lengths: Sequence[int], counts: Sequence[int], like: torch.Tensor
+    start: int, slots: Sequence[int], lengths: Sequence[int], drafts: Sequence[DraftTree], like: torch.Tensor
 ) -> DecodeRows:
-    """slots: strictly increasing, one per sequence; lengths: context length of each, its new tokens included; counts:
-    how many those are."""
+    """slots: strictly increasing, one per sequence; lengths: keys of each, those of its new tokens included, which are
+    its last one and the nodes of its draft."""
+    counts = [1 + len(draft) for draft in drafts]
     count, width, low, high = sum(counts), max(counts), slots[0], slots[-1] + 1
     index = torch.tensor(slots, device=like.device)
     # Attending over idle slots costs less than copying the running ones out, unless most of the range is idle.
@@ -132,7 +114,7 @@ def decode_rows(
     token_of_row = row_of_token = None
     if count < rows * width:
         token_of_row = torch.zeros(rows, width, dtype=torch.long, device=like.device)
-    places, first = [], 0
+    places, first, branching = [], 0, []
     for i, (slot, length, new) in enumerate(zip(slots, lengths, counts)):
         row = slot - low if span else i
         limit[row, :new] = torch.arange(length - new + 1, length + 1, device=like.device)
@@ -140,11 +122,25 @@ def decode_rows(
             token_of_row[row, :new] = torch.arange(first, first + new, device=like.device)
         places.extend(range(row * width, row * width + new))
         first += new
+        if drafts[i].branches:
+            branching.append((row, length - len(drafts[i]), drafts[i]))
     if token_of_row is not None:
         token_of_row, row_of_token = token_of_row.flatten(), torch.tensor(places, device=like.device)
     blocked = torch.arange(padded_keys(max(lengths)), device=like.device) >= limit[..., None]
+    if branching:
+        blocked[tuple(hidden_keys(branching).to(like.device))] = True
     mask = blocked_mask(blocked, like.dtype)[:, None]
     return DecodeRows(start, count, width, index, mask, span, token_of_row, row_of_token)
+
+
+def hidden_keys(branching: Sequence[tuple[int, int, DraftTree]]) -> torch.Tensor:
+    """branching: row of a sequence, key of its draft's first node, and the draft. Returns [3, n]: row, token of the
+    sequence and key of all that must not be attended to because it is on another path."""
+    found = []
+    for row, first, draft in branching:
+        nodes, others = draft.hidden.nonzero()
+        found.append(np.stack([np.full(len(nodes), row), 1 + nodes, first + others]))
+    return torch.from_numpy(np.concatenate(found, axis=1))
 
 
 def attend_decode(

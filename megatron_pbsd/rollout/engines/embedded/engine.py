@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence as Sequences
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Collection, Sequence as Sequences
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
 
+from megatron_pbsd.platform.process_group import GroupPlace
+from megatron_pbsd.platform.usage import MemoryUse, give_back_freed, of_process
+from megatron_pbsd.resharding.arrival import Arrivals, Arriving
 from megatron_pbsd.resharding.manifest import WeightsManifest, checksum
-from megatron_pbsd.rollout.drafting.verification import agreeing
-from megatron_pbsd.rollout.engines.embedded.attention import padded_keys
+from megatron_pbsd.resharding.stream import Described
+from megatron_pbsd.rollout.drafting.draft_tree import NO_DRAFT, ROOT
 from megatron_pbsd.rollout.engines.embedded.kv_cache import SlotCache
 from megatron_pbsd.rollout.engines.embedded.kv_pool import PoolPlace
 from megatron_pbsd.rollout.engines.embedded.kv_store import KVStore
 from megatron_pbsd.rollout.engines.embedded.model import PackedModel
+from megatron_pbsd.rollout.engines.embedded.padding import padded_keys
 from megatron_pbsd.rollout.engines.embedded.sampling import sample, uniforms
 from megatron_pbsd.rollout.engines.embedded.sequence import Sequence
-from megatron_pbsd.rollout.engines.embedded.weights import checkpoint_views, copy_held, copy_published
+from megatron_pbsd.rollout.engines.embedded.weights import check_tensors, checkpoint_views, copy_held, copy_into
+from megatron_pbsd.rollout.engines.occupancy import Occupancy
 from megatron_pbsd.rollout.engines.protocol import (
     Chunk,
     ChunkResult,
@@ -28,11 +33,13 @@ from megatron_pbsd.rollout.engines.protocol import (
     fault_of,
     fault_of_chunk,
 )
+from megatron_pbsd.rollout.engines.update import Update, check_between
 from megatron_pbsd.trajectory import FinishReason
 
 if TYPE_CHECKING:  # which needs numba; an engine that does not speculate does not
     from megatron_pbsd.rollout.engines.embedded.speculation import Speculation
 
+T = TypeVar("T")
 # Bound the activations of one forward pass; a single longer sequence still goes through whole.
 PREFILL_TOKENS_PER_STEP = 4096
 SCORED_TOKENS_PER_PASS = 1024
@@ -68,7 +75,9 @@ class EmbeddedEngine:
         try:
             self._model = PackedModel(model_path, max_context, device, dtype, load_weights)
             self._parameters = checkpoint_views(self._model.module)
-            self._cache = SlotCache(slots, padded_keys(max_context))
+            # A draft's nodes have places of their own, also where its paths end with the context.
+            beside = speculation.nodes_beside_a_path if speculation else 0
+            self._cache = SlotCache(slots, padded_keys(max_context + beside))
             self._model.warm_up(self._cache)
         except (OSError, ValueError, NotImplementedError) as error:
             raise EngineError(f"engine {name!r}: cannot load {model_path!r}: {error}") from error
@@ -76,13 +85,19 @@ class EmbeddedEngine:
         self._running: dict[str, Sequence] = {}
         self._kv = KVStore(self._cache, slots, kv_pool, name, self._running)
         self._speculation = speculation
+        self._occupancy = Occupancy(name)
         self._ended: list[ChunkResult] = []
         self._interrupted = threading.Event()
         self._version = 0
+        self._update: Update | None = None
+        self._arrivals = Arrivals(torch.device(device))
         self._generated = self._prefilled = self._cached = self._steps = 0
         self._busy_seconds = 0.0
 
     def submit(self, chunks: Sequences[Chunk]) -> None:
+        check_between(self.name, self._update)
+        if chunks:
+            self._occupancy.require("generation")
         arriving = {}
         for chunk in chunks:
             self._check(chunk, arriving)
@@ -110,6 +125,7 @@ class EmbeddedEngine:
             raise EngineError(f"engine {self.name!r}: routed experts are not available: {error}") from error
 
     def collect(self) -> list[ChunkResult]:
+        check_between(self.name, self._update)
         start = time.perf_counter()
         with torch.inference_mode():
             while not (self._ended or self._interrupted.is_set()) and (self._running or self._waiting):
@@ -126,9 +142,9 @@ class EmbeddedEngine:
         counts = [len(s.tokens) - s.computed for s in running]
         self._prefilled += sum(n for n, s in zip(counts, running) if n > 1 or not s.log_probs)
         logits = self._model.next_logits(running, self._cache)
-        rows = [(s, i) for s in running for i in range(1 + len(s.draft))]
+        rows = [(s, depth) for s in running for depth in (0, *s.draft.depths)]
         keys = np.array([s.key for s, _ in rows], dtype=np.uint64)
-        positions = np.array([len(s.tokens) + i for s, i in rows], dtype=np.uint64)
+        positions = np.array([len(s.tokens) + depth for s, depth in rows], dtype=np.uint64)
         temperatures = np.array([s.chunk.temperature for s, _ in rows])
         try:
             tokens, log_probs = sample(logits, temperatures, uniforms(keys, positions))
@@ -139,18 +155,28 @@ class EmbeddedEngine:
         self._steps += 1
 
     def _take(self, running: list[Sequence], tokens: list[int], log_probs: list[float]) -> None:
-        """tokens, log_probs: sampled after each sequence and each token of its draft, end to end."""
-        drafted, kept, start = [len(s.draft) for s in running], [], 0
-        for sequence, count in zip(running, drafted):
-            end = start + 1 + count
-            kept.append(agreeing(sequence.draft, tokens[start:end]))
-            self._append(sequence, tokens[start : start + kept[-1] + 1], log_probs[start:end])
+        """tokens, log_probs: sampled after each sequence and each node of its draft, end to end."""
+        drafts, kept, sampled, start = [s.draft for s in running], [], [], 0
+        for draft in drafts:
+            end = start + 1 + len(draft)
+            kept.append(draft.accepted(tokens[start:end]))
+            sampled.append([start + 1 + node for node in (ROOT, *kept[-1])])
             start = end
+        self._close_up(running, kept)
+        for sequence, rows in zip(running, sampled):
+            self._append(sequence, [tokens[row] for row in rows], [log_probs[row] for row in rows])
         if self._speculation is not None:
-            self._speculation.verified(drafted, kept)
+            self._speculation.verified(drafts, kept)
+
+    def _close_up(self, running: list[Sequence], kept: list[list[int]]) -> None:
+        """Move what the cache holds of accepted nodes to where their tokens are to be. kept: nodes of each draft."""
+        moves = [(s.slot, len(s.tokens) + node, len(s.tokens) + i)
+                 for s, nodes in zip(running, kept) for i, node in enumerate(nodes) if node != i]
+        if moves:
+            self._cache.move(*torch.tensor(moves, device=self._model.device).unbind(1))
 
     def _append(self, sequence: Sequence, tokens: list[int], log_probs: list[float]) -> None:
-        sequence.draft = ()
+        sequence.draft = NO_DRAFT
         for token, log_prob in zip(tokens, log_probs):
             self._generated += 1
             if reason := sequence.append(token, log_prob, self._version):
@@ -199,26 +225,93 @@ class EmbeddedEngine:
 
     def update_weights(self, manifest: WeightsManifest, version: int) -> None:
         """Chunks that run continue under the new weights; their context is prefilled again."""
+        before = self._update
+        self.begin_update(manifest.described, version)
         try:
+            self.load(manifest)
+        except EngineError:
+            self._update = before  # a segment that cannot be had has changed nothing
+            raise
+        self.end_update()
+
+    def begin_update(self, tensors: Described, version: int, base: int | None = None) -> None:
+        self._occupancy.require_memory(f"weights version {version}")
+        held = None if self._update or not self._occupancy.has_weights else self._version
+        update = Update.begun(self.name, tensors, version, base, held)
+        self._checked(version, check_tensors, tensors, self._parameters)
+        self._update = update
+
+    def load(self, bucket: Arriving) -> None:
+        self._update.arrived(self._checked(self._update.version, self._copy, bucket))
+
+    def _copy(self, bucket: Arriving) -> Collection[str]:
+        tensors = self._arrivals.tensors(bucket)
+        with torch.inference_mode():
+            copy_into(tensors, self._parameters)
+        return tensors.keys()
+
+    def end_update(self) -> None:
+        self._version = self._update.ended()
+        self._update, self._occupancy.has_weights = None, True
+        self._arrivals.ended()
+        if "kv_cache" not in self._occupancy.asleep:
             with torch.inference_mode():
-                copy_published(manifest, self._parameters)
                 self._cache.wipe()
+        self._kv.forget(self._version)
+
+    def join_group(self, place: GroupPlace, rank: int) -> None:
+        self._arrivals.join(place, rank)
+
+    def _checked(self, version: int, function: Callable[..., T], *arguments: Any) -> T:
+        try:
+            return function(*arguments)
         except ValueError as error:
             raise EngineError(f"engine {self.name!r}: weights version {version}: {error}") from error
-        self._version = version
-        self._kv.forget(version)
 
     def write_weights(self, manifest: WeightsManifest) -> None:
+        self._occupancy.require("reading weights", ("weights",))
         try:
             with torch.inference_mode():
                 copy_held(self._parameters, manifest)
         except ValueError as error:
             raise EngineError(f"engine {self.name!r}: {error}") from error
 
+    def sleep(self, tags: Collection[str]) -> None:
+        for tag in self._occupancy.to_give(tags, len(self._running) + len(self._waiting)):
+            if tag == "kv_cache":
+                self._kv.forget(self._version)
+                self._cache.give_away()
+            else:
+                self._parameters = {}
+                self._model.give_weights_away()
+            self._occupancy.given(tag)
+        if self._model.device.type == "cpu":
+            give_back_freed()
+        else:
+            torch.cuda.empty_cache()
+
+    def wake(self, tags: Collection[str]) -> None:
+        for tag in self._occupancy.to_take(tags):
+            if tag == "kv_cache":
+                with torch.inference_mode():
+                    self._cache.take_back()
+            else:
+                self._model.take_weights_back()
+                self._parameters = checkpoint_views(self._model.module)
+            self._occupancy.taken(tag)
+
+    def memory(self) -> MemoryUse:
+        weights = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in self._parameters.values()}
+        held = {"weights": sum(weights.values()), "kv_cache": self._cache.nbytes}
+        return of_process(held) if self._model.device.type == "cpu" else MemoryUse(held)
+
     def checksums(self) -> dict[str, str]:
+        self._occupancy.require("a checksum", ("weights",))
         return {name: checksum(tensor) for name, tensor in self._parameters.items()}
 
     def score(self, sequences: Sequences[Sequences[int]]) -> list[np.ndarray]:
+        check_between(self.name, self._update)
+        self._occupancy.require("scoring")
         start = time.perf_counter()
         scores: list[np.ndarray] = []
         batch: list[Sequences[int]] = []

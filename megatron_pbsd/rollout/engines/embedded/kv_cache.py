@@ -94,9 +94,10 @@ class SlotCache:
         self.keys: list[torch.Tensor] = []
         self.values: list[torch.Tensor] = []
         self.experts: torch.Tensor | None = None
+        self._given: list[tuple[torch.UntypedStorage, int]] = []
 
     def place(self, slots: torch.Tensor, positions: torch.Tensor) -> None:
-        """Slot and position [T] of each token of the next step."""
+        """Slot and position in it [T] of each token of the next step."""
         self._slots, self._positions = slots, positions
 
     def update(self, key: torch.Tensor, value: torch.Tensor, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -115,6 +116,14 @@ class SlotCache:
         if self.experts is None:
             self.experts = experts.new_zeros(self.scratch + 1, self.length, *experts.shape[1:])
         self.experts[self._slots, self._positions] = experts
+
+    def move(self, slots: torch.Tensor, sources: torch.Tensor, targets: torch.Tensor) -> None:
+        """Per moved token [n] its slot, and from which position to which all that is kept of it goes; no two of a slot
+        to the same."""
+        for tensor in (*self.keys, *self.values):
+            tensor[slots, :, targets] = tensor[slots, :, sources]
+        if self.experts is not None:
+            self.experts[slots, targets] = self.experts[slots, sources]
 
     def experts_of(self, slot: int, tokens: slice) -> np.ndarray | None:
         """int16 [n, MoE layers, top-k], a copy; None if none are kept."""
@@ -152,6 +161,28 @@ class SlotCache:
         """The first `count` tokens of one slot into another."""
         for theirs, ours in zip(self._parts(source, 0, count), self._parts(target, 0, count)):
             ours.copy_(theirs)
+
+    def give_away(self) -> None:
+        """Keep the tensors without their memory: nothing may be read or written until `take_back`."""
+        self._given = [(tensor.untyped_storage(), tensor.untyped_storage().nbytes()) for tensor in self._tensors()]
+        for storage, _ in self._given:
+            storage.resize_(0)
+
+    def take_back(self) -> None:
+        """Memory for the same tensors, all zero."""
+        for storage, nbytes in self._given:
+            storage.resize_(nbytes)
+        self._given = []
+        for tensor in self._tensors():
+            tensor.zero_()
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that it holds now."""
+        return sum(tensor.untyped_storage().nbytes() for tensor in self._tensors())
+
+    def _tensors(self) -> list[torch.Tensor]:
+        return [*self.keys, *self.values, *([] if self.experts is None else [self.experts])]
 
     def wipe(self) -> None:
         """Zero every slot: a NaN left by bad weights would pass through the attention mask."""

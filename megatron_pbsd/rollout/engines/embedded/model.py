@@ -79,6 +79,17 @@ class PackedModel:
         self._choices = ExpertChoices(self.module)
         return len(self._choices) > 0
 
+    def give_weights_away(self) -> None:
+        """Keep the parameters without their memory. Storages that came from a checkpoint file cannot be resized."""
+        self._shapes = {parameter: parameter.shape for parameter in self.module.parameters()}
+        for parameter in self._shapes:
+            parameter.data = parameter.data.new_empty(0)
+
+    def take_weights_back(self) -> None:
+        """Memory for the same parameters, whose values are undefined."""
+        for parameter, shape in self._shapes.items():
+            parameter.data = parameter.data.new_empty(shape)
+
     def warm_up(self, cache: SlotCache) -> None:
         """Allocate the cache and try the attention, so that what cannot work fails before the first request."""
         probe = Sequence.of(Chunk("warm-up", (0,), max_new_tokens=1, seed=0), max_context=cache.length)
@@ -88,7 +99,8 @@ class PackedModel:
 
     def next_logits(self, sequences: Sequences[Sequence], cache: SlotCache) -> torch.Tensor:
         """Compute every token that is not in the cache yet, drafts too; logits [B + drafted tokens, V] after the last
-        token of each sequence, and after each token of its draft.
+        token of each sequence, and after each node of its draft. The nodes' KV is put after that of the sequence, in
+        the order of their numbers.
 
         sequences: in the order of `Sequence.kind`, and of their slots.
         """
@@ -99,7 +111,7 @@ class PackedModel:
             if kind is not Kind.READS:
                 few, new = zip(*members)
                 lengths = [s.computed + n for s, n in zip(few, new)]
-                rows.append(decode_rows(end, [s.slot for s in few], lengths, new, self._like))
+                rows.append(decode_rows(end, [s.slot for s in few], lengths, [s.draft for s in few], self._like))
                 ends.extend(range(end + 1, end + sum(new) + 1))
                 end += sum(new)
                 continue
@@ -108,10 +120,10 @@ class PackedModel:
                 end += count
                 ends.append(end)
         padding = max(end, MINIMUM_ROWS, *(segment.reach for segment in segments)) - end
-        positions = self._tensor(
-            [p for s, count in zip(sequences, counts) for p in range(s.computed, s.computed + count)] + [0] * padding)
+        positions = self._tensor([p for s in sequences for p in s.positions] + [0] * padding)
+        places = [p for s, count in zip(sequences, counts) for p in range(s.computed, s.computed + count)]
         slots = [s.slot for s, count in zip(sequences, counts) for _ in range(count)]
-        cache.place(self._tensor(slots + [cache.scratch] * padding), positions)
+        cache.place(self._tensor(slots + [cache.scratch] * padding), self._tensor(places + [0] * padding))
         # Keeping rows by index is a copy that a step of nothing but decoding does without.
         keep = self._tensor([e - 1 for e in ends] + [0] * (MINIMUM_ROWS - len(ends))) if segments or padding else 0
         logits = self.module(

@@ -7,6 +7,7 @@ from enum import IntEnum
 
 import numpy as np
 
+from megatron_pbsd.rollout.drafting.draft_tree import NO_DRAFT, DraftTree
 from megatron_pbsd.rollout.engines.embedded.sampling import request_key
 from megatron_pbsd.rollout.engines.protocol import Chunk, ChunkResult
 from megatron_pbsd.trajectory import FinishReason, VersionSpan
@@ -37,7 +38,7 @@ class Sequence:
     computed: int = 0
     cached: int = 0
     read_from: int = 0
-    draft: tuple[int, ...] = ()
+    draft: DraftTree = NO_DRAFT
     log_probs: list[float] = field(default_factory=list)
     version_starts: list[tuple[int, int]] = field(default_factory=list)
 
@@ -61,7 +62,13 @@ class Sequence:
     @property
     def unread(self) -> list[int]:
         """What the next step reads: tokens without KV, at least one, and the draft after them."""
-        return [*self.tokens[self.computed :], *self.draft]
+        return [*self.tokens[self.computed :], *self.draft.tokens]
+
+    @property
+    def positions(self) -> list[int]:
+        """Of `unread`: how many tokens there are before each, by the path that it is on."""
+        last = len(self.tokens) - 1
+        return [*range(self.computed, last + 1), *(last + depth for depth in self.draft.depths)]
 
     def admit(self, slot: int, cached: int) -> None:
         """The chunk runs from now on, in `slot`, where `cached` tokens have their KV."""

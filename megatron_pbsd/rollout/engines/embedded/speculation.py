@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Collection, Sequence as Sequences
 
 from megatron_pbsd.rollout.drafting.draft_lengths import DraftLengths
+from megatron_pbsd.rollout.drafting.draft_tree import NO_DRAFT, DraftTree
 from megatron_pbsd.rollout.drafting.groups import DraftGroups
 from megatron_pbsd.rollout.drafting.suffix_automaton import warm_up
 from megatron_pbsd.rollout.engines.embedded.sequence import Sequence
@@ -19,13 +20,16 @@ MOST_GROUPS = 1024
 
 
 class Speculation:
-    """longest: of a draft. always: draft whatever it costs; for tests and measurements. clock: what steps are timed by,
-    in seconds: see `clock_of`."""
+    """longest: path of a draft. paths: of a draft, at most. always: draft as much as there is, whatever it costs; for
+    tests and measurements. clock: what steps are timed by, in seconds: see `clock_of`."""
 
-    def __init__(self, longest: int, always: bool = False, clock: Callable[[], float] = time.process_time):
+    def __init__(
+        self, longest: int, paths: int = 1, always: bool = False, clock: Callable[[], float] = time.process_time
+    ):
         # Not when the first draft is made, whose cost is measured.
         warm_up()
-        self._groups, self._lengths, self._always = DraftGroups(), DraftLengths(longest), always
+        self._groups, self._lengths, self._always = DraftGroups(), DraftLengths(longest, paths), always
+        self._paths, self.nodes_beside_a_path = paths, (paths - 1) * longest
         self._news: dict[str, list[SiblingTokens]] = {}
         self._clock, self._began, self._own, self._rests = clock, 0.0, 0.0, False
         self._reads: list[int] = []
@@ -65,34 +69,34 @@ class Speculation:
         if not decoding or not (self._always or self._lengths.worthwhile(len(running), self._reads)):
             return
         drafts = [self._draft(s) for s in decoding]
-        lengths = [len(draft) for draft in drafts]
-        self._lengths.available(len(running), lengths)
+        self._lengths.available(len(running), drafts)
         if not self._always:
-            lengths = self._lengths.choose(lengths, len(running), self._reads)
-        for sequence, draft, length in zip(decoding, drafts, lengths):
-            sequence.draft = draft[:length]
+            drafts = self._lengths.choose(drafts, len(running), self._reads)
+        for sequence, draft in zip(decoding, drafts):
+            sequence.draft = draft
 
-    def _draft(self, sequence: Sequence) -> tuple[int, ...]:
+    def _draft(self, sequence: Sequence) -> DraftTree:
         """The last token that the chunk has room for is the bonus."""
         longest = min(self._lengths.longest, sequence.limit - len(sequence.tokens) - 1)
         if longest < 1:
-            return ()
+            return NO_DRAFT
         group, request_id = _group(sequence.chunk), sequence.request_id
         self._take_in(group)
         known = self._groups.known(group, request_id)
         self._groups.update(group, request_id, known, sequence.tokens[known:])
-        return self._groups.draft(group, request_id, longest, LEAST_CHANCE).tokens
+        return DraftTree.of(
+            [path.tokens for path in self._groups.paths(group, request_id, self._paths, longest, LEAST_CHANCE)])
 
-    def verified(self, drafted: Sequences[int], kept: Sequences[int]) -> None:
-        """The step is over. Per sequence: tokens of its draft, and how many of them were kept."""
+    def verified(self, drafts: Sequences[DraftTree], kept: Sequences[Sequences[int]]) -> None:
+        """The step is over. Per sequence its draft, and which of its nodes were accepted."""
         ended = self._clock()
         seconds, self._own = ended - self._began + self._own, 0.0
         if self._rests:
             return self._lengths.rested(seconds)
-        self._lengths.observe(len(drafted), self._reads, drafted, kept, seconds)
-        self.drafts += sum(n > 0 for n in drafted)
-        self.drafted += sum(drafted)
-        self.accepted += sum(kept)
+        self._lengths.observe(len(drafts), self._reads, drafts, kept, seconds)
+        self.drafts += sum(len(draft) > 0 for draft in drafts)
+        self.drafted += sum(map(len, drafts))
+        self.accepted += sum(map(len, kept))
         self._own = self._clock() - ended
 
 

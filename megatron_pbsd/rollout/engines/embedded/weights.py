@@ -12,6 +12,7 @@ from transformers.core_model_loading import Chunk, SplitModulelist, WeightConver
 
 from megatron_pbsd.resharding.manifest import WeightsManifest
 from megatron_pbsd.resharding.shared_memory import attach
+from megatron_pbsd.resharding.stream import Described
 
 
 def checkpoint_views(model: PreTrainedModel) -> dict[str, torch.Tensor]:
@@ -62,21 +63,18 @@ def _split(name: str, tensor: torch.Tensor, converters: list[WeightConverter]) -
     return {name: tensor}
 
 
-def check_manifest(manifest: WeightsManifest, parameters: Mapping[str, torch.Tensor]) -> None:
+def check_tensors(published: Described, parameters: Mapping[str, torch.Tensor]) -> None:
     """ValueError naming the first tensor that is missing, unexpected, or of another dtype or shape."""
-    published = {entry.name: entry for entry in manifest.entries}
     unknown = [name for name in published if name not in parameters]
     for name in parameters:
         if name not in published:
             raise ValueError(f"tensor {name!r} is missing from the manifest{_nearest(name, unknown)}")
     if unknown:
         raise ValueError(f"tensor {unknown[0]!r} is not a parameter of the model{_nearest(unknown[0], parameters)}")
-    for name, entry in published.items():
+    for name, (dtype, shape) in published.items():
         expected = (str(parameters[name].dtype).removeprefix("torch."), tuple(parameters[name].shape))
-        if (entry.dtype, tuple(entry.shape)) != expected:
-            raise ValueError(
-                f"tensor {name!r} is {entry.dtype}{list(entry.shape)}, expected {expected[0]}{list(expected[1])}"
-            )
+        if (dtype, tuple(shape)) != expected:
+            raise ValueError(f"tensor {name!r} is {dtype}{list(shape)}, expected {expected[0]}{list(expected[1])}")
 
 
 def _nearest(name: str, names: Iterable[str]) -> str:
@@ -84,15 +82,14 @@ def _nearest(name: str, names: Iterable[str]) -> str:
     return f"; the nearest name there is {close[0]!r}" if close else ""
 
 
-def copy_published(manifest: WeightsManifest, parameters: Mapping[str, torch.Tensor]) -> None:
-    """Copy the segment's tensors into the parameters. ValueError when the segment is absent or too short."""
-    check_manifest(manifest, parameters)
-    for name, tensor in attach(manifest).items():
+def copy_into(tensors: Mapping[str, torch.Tensor], parameters: Mapping[str, torch.Tensor]) -> None:
+    """Copy tensors, any of those that `check_tensors` has let pass."""
+    for name, tensor in tensors.items():
         parameters[name].copy_(tensor)
 
 
 def copy_held(parameters: Mapping[str, torch.Tensor], manifest: WeightsManifest) -> None:
-    """Copy the parameters into the segment. ValueError as from `copy_published`."""
-    check_manifest(manifest, parameters)
+    """Copy the parameters into the segment. ValueError when they are not its tensors, or it is gone or too short."""
+    check_tensors(manifest.described, parameters)
     for name, tensor in attach(manifest).items():
         tensor.copy_(parameters[name])

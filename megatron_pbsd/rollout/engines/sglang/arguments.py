@@ -12,10 +12,13 @@ from typing import Any
 
 from megatron_pbsd.config import RolloutConfig, SGLangConfig
 from megatron_pbsd.errors import did_you_mean
+from megatron_pbsd.models.sglang import ServerParallel
 from megatron_pbsd.rollout.engines.protocol import EngineError
-from megatron_pbsd.rollout.engines.sglang.server import INSIDE
+from megatron_pbsd.rollout.engines.sglang.processes import INSIDE
 
-LOADERS = [f"pbsd_weights.{name}" for name in ("place", "load", "read")]
+LOADERS = [f"pbsd_weights.{name}" for name in ("place", "load", "take", "receive", "finish", "read")]
+DRAFTING = {"speculative_algorithm": "PBSD_GROUP", "disable_overlap_schedule": True}
+"""`inside/pbsd_drafting.py`. Drafts follow the newest tokens: a pass is scheduled when the one before has ended."""
 CONTEXT_MARGIN = 8
 """Tokens of context that the server keeps for itself."""
 DESCRIBE_S = 300.0
@@ -25,6 +28,8 @@ OURS = {
     "custom_weight_loader": "nothing", "weight_version": "nothing", "enable_metrics": "nothing",
     "load_format": "model.initial_weights", "enable_return_routed_experts": "learner.moe.routing_replay",
     "base_gpu_id": "the engines' numbers", "skip_server_warmup": "nothing",
+    "node_rank": "the engine's machines", "dist_init_addr": "the engine's machines",
+    "enable_memory_saver": "rollout.sleep", "schedule_low_priority_values_first": "nothing",
 }
 """Argument → what it is set by."""
 
@@ -33,11 +38,13 @@ Described = Mapping[str, Mapping[str, Any]]
 
 
 def server_arguments(
-    config: RolloutConfig, model_path: str, *, number: int, load_weights: bool, routed_experts: bool
+    config: RolloutConfig, model_path: str, *, number: int, load_weights: bool, routed_experts: bool,
+    device: int | None = None
 ) -> dict[str, Any]:
     """All fields of ServerArgs that are not to have their defaults, those of one server left out. number: the engine's.
 
-    Engines on devices take as many each, one after the other.
+    device: the first of its machine's GPUs that it takes; None for engines that are all on one machine, and take as
+    many each, one after the other.
     """
     given = config.sglang.args
     arguments = given | {
@@ -45,14 +52,22 @@ def server_arguments(
         "context_length": config.max_context + CONTEXT_MARGIN, "skip_tokenizer_init": True,
         "custom_weight_loader": LOADERS, "enable_metrics": True, "skip_server_warmup": True,
         "load_format": "auto" if load_weights else "dummy", "enable_return_routed_experts": routed_experts}
+    if config.speculation.enabled:
+        arguments |= DRAFTING | {"speculative_num_draft_tokens": config.speculation.max_draft_tokens + 1}
     if given.get("device") != "cpu":
-        arguments["base_gpu_id"] = number * ranks(config.sglang)
+        first = number * ranks(config.sglang) if device is None else device
+        arguments |= {"base_gpu_id": first, "enable_memory_saver": config.sleep != "none"}
     return arguments
+
+
+def parallel_of(arguments: Mapping[str, Any]) -> ServerParallel:
+    """How a server with these divides its model."""
+    return ServerParallel(**{key: int(arguments.get(f"{key}_size", 1)) for key in ("tp", "ep", "pp")})
 
 
 def ranks(config: SGLangConfig) -> int:
     """Processes of a server that hold a part of the weights."""
-    return int(config.args.get("tp_size", 1)) * int(config.args.get("pp_size", 1))
+    return parallel_of(config.args).size
 
 
 def problems(config: SGLangConfig) -> list[str]:
@@ -99,8 +114,7 @@ def installed(config: SGLangConfig) -> Described:
                           "`python` of an environment that SGLang is installed in")
     code = "import importlib.metadata as m; d = m.distribution('sglang'); print(d.version, d.locate_file(''))"
     release = _asked(config, [str(python), "-c", code])
-    key = hashlib.blake2b(f"{python.absolute()} {release}".encode(), digest_size=8).hexdigest()
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megatron_pbsd" / f"sglang-{key}.json"
+    cache = cache_of(f"{python.absolute()} {release}").with_suffix(".json")
     try:
         return json.loads(cache.read_text())
     except (OSError, ValueError):
@@ -115,10 +129,18 @@ def installed(config: SGLangConfig) -> Described:
     return json.loads(described)
 
 
+def cache_of(what: str) -> Path:
+    """Where something about an environment is kept between runs."""
+    key = hashlib.blake2b(what.encode(), digest_size=8).hexdigest()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megatron_pbsd" / f"sglang-{key}"
+
+
 def server_environment(config: SGLangConfig) -> dict[str, str]:
     """Variables of processes in SGLang's environment: this process's, without what leads to its own packages."""
     inherited = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
-    return inherited | config.environment
+    # Its numba is another, and two versions would take turns in replacing what the other has compiled.
+    compiled = {"NUMBA_CACHE_DIR": str(cache_of(str(Path(config.python or "").absolute())))}
+    return compiled | inherited | config.environment
 
 
 def _asked(config: SGLangConfig, command: list[str]) -> str:

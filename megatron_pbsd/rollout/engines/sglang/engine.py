@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence as Sequences
+from collections.abc import Callable, Collection, Sequence as Sequences
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from itertools import count
@@ -13,8 +13,14 @@ from pathlib import Path
 import numpy as np
 
 from megatron_pbsd.models import family
-from megatron_pbsd.resharding.manifest import WeightsManifest, checksum, layout
-from megatron_pbsd.resharding.shared_memory import Segment, attach
+from megatron_pbsd.models.sglang import ServerParallel
+from megatron_pbsd.platform.process_group import GroupPlace
+from megatron_pbsd.platform.usage import MemoryUse, of_process
+from megatron_pbsd.resharding.arrival import Arriving, names_of
+from megatron_pbsd.resharding.manifest import WeightsManifest, layout
+from megatron_pbsd.resharding.shared_memory import attach
+from megatron_pbsd.resharding.stream import Described
+from megatron_pbsd.rollout.engines.occupancy import Occupancy
 from megatron_pbsd.rollout.engines.protocol import (
     Chunk,
     ChunkResult,
@@ -24,7 +30,9 @@ from megatron_pbsd.rollout.engines.protocol import (
     fault_of,
     fault_of_chunk,
 )
+from megatron_pbsd.rollout.engines.sglang.arguments import DRAFTING, parallel_of
 from megatron_pbsd.rollout.engines.sglang.client import Refused, Unreachable
+from megatron_pbsd.rollout.engines.sglang.processes import Launch
 from megatron_pbsd.rollout.engines.sglang.replies import (
     Reply,
     StaleWeights,
@@ -36,52 +44,64 @@ from megatron_pbsd.rollout.engines.sglang.replies import (
     read_scores,
     score_body,
 )
-from megatron_pbsd.rollout.engines.sglang.server import Launch, Server
+from megatron_pbsd.rollout.engines.sglang.server import Server
 from megatron_pbsd.rollout.engines.sglang.weights import ServerWeights
+from megatron_pbsd.rollout.engines.update import Update, check_between
 from megatron_pbsd.trajectory import FinishReason, VersionSpan
 
 ABORT_AGAIN_S = 0.2
+IDLE_S = 30.0
+MOST_REQUESTS = 1024
+"""That a server which orders them is given at a time."""
 
 
 class SGLangEngine:
     """See `protocol.Engine`. A chunk is one /generate request that a thread waits for.
 
     launch: how the server is started; its arguments are complete (`arguments.server_arguments`).
-    slots: chunks that it runs at a time. ranks: its processes that hold weights.
+    slots: chunks that it runs at a time.
     has_weights: whether the server starts with those of `model_path`; until it is given some it otherwise refuses work.
     """
 
     def __init__(
-        self, model_path: str, *, name: str, launch: Launch, slots: int, max_context: int, ranks: int = 1,
-        has_weights: bool = True,
+        self, model_path: str, *, name: str, launch: Launch, slots: int, max_context: int, has_weights: bool = True,
     ) -> None:
         self.name = name
         self._slots, self._max_context = slots, max_context
+        self._drafting = DRAFTING.items() <= launch.arguments.items()
+        self._prioritises = bool(launch.arguments.get("enable_priority_scheduling"))
         hf = json.loads((Path(model_path) / "config.json").read_text(encoding="utf-8"))
         self._vocabulary, self._layers = hf["vocab_size"], hf["num_hidden_layers"]
-        tensors = family(hf).hf_tensors(hf)
+        found = family(hf)
+        tensors = found.hf_tensors(hf)
         self._moe_layers = moe_layers(tensors)
+        self._on_cpu = launch.arguments.get("device") == "cpu"
         self._server = Server(name, launch)
         try:
-            self._weights = ServerWeights(self._server, ranks, tensors)
+            self._weights = ServerWeights(
+                self._server, found.decoder(hf), parallel_of(launch.arguments), tensors)
         except (ValueError, Refused) as error:
             self._server.close()
             raise EngineError(
                 f"engine {name!r}: SGLang's model is another than that of {model_path!r}: {error}") from error
-        self._has_weights = has_weights
+        self._occupancy = Occupancy(name, has_weights)
+        self._update: Update | None = None
         self._kv_tokens = json.loads(self._server.get("/server_info"))["max_total_num_tokens"]
-        self._threads = ThreadPoolExecutor(slots, thread_name_prefix=name)
+        # A server that orders requests has to have them all.
+        self._threads = ThreadPoolExecutor(MOST_REQUESTS if self._prioritises else slots, thread_name_prefix=name)
         self._flights: dict[Future[Reply], Flight] = {}
         self._interrupted: Future[None] = Future()
         self._ended: list[ChunkResult] = []
         self._seen: dict[str, int] = {}
         self._numbers = count()
         self._generated = self._prefilled = self._own = self._others = 0
+        self._drafts = self._drafted = self._accepted = 0
         self._busy_seconds = 0.0
 
     def submit(self, chunks: Sequences[Chunk]) -> None:
-        if chunks and not self._has_weights:
-            raise EngineError(f"engine {self.name!r} has no weights yet")
+        check_between(self.name, self._update)
+        if chunks:
+            self._occupancy.require("generation")
         arriving: list[str] = []
         for chunk in chunks:
             self._check(chunk, arriving)
@@ -107,10 +127,12 @@ class SGLangEngine:
         chunk = flight.chunk
         room = min(chunk.max_new_tokens, self._max_context - len(chunk.tokens))
         flight.rid = f"{chunk.request_id}#{next(self._numbers)}"
-        body = generate_body(chunk, flight.tokens, flight.rid, room, flight.experts_from)
+        body = generate_body(chunk, flight.tokens, flight.rid, room, flight.experts_from, self._drafting,
+                             self._prioritises)
         self._flights[self._threads.submit(self._server.client.post, "/generate", body)] = flight
 
     def collect(self) -> list[ChunkResult]:
+        check_between(self.name, self._update)
         start = time.perf_counter()
         while not self._ended and self._flights and not self._interrupted.done():
             done = wait([*self._flights, self._interrupted], return_when=FIRST_COMPLETED).done
@@ -155,6 +177,9 @@ class SGLangEngine:
         self._generated += len(reply.tokens)
         context = len(flight.chunk.tokens) + len(flight.tokens)
         self._prefilled += context - reply.cached_tokens if reply.tokens else 0
+        self._drafts += reply.drafts
+        self._drafted += reply.drafted_tokens
+        self._accepted += reply.accepted_tokens
         if flight.chunk.request_id in self._seen:
             self._own += reply.cached_tokens
         else:
@@ -194,31 +219,84 @@ class SGLangEngine:
 
     def update_weights(self, manifest: WeightsManifest, version: int) -> None:
         """Chunks that run continue under the new weights; their context is prefilled again."""
-        try:
-            self._weights.load(manifest, version, busy=bool(self._flights))
-        except (ValueError, Refused) as error:
-            raise EngineError(f"engine {self.name!r}: weights version {version}: {error}") from error
+        self._checked(version, attach, manifest)
+        self.begin_update(manifest.described, version)
+        self.load(manifest)
+        self.end_update()
+
+    def begin_update(self, tensors: Described, version: int, base: int | None = None) -> None:
+        self._occupancy.require_memory(f"weights version {version}")
+        held = None if self._update or not self._occupancy.has_weights else self._server.weights.version
+        update = Update.begun(self.name, tensors, version, base, held)
+        self._checked(version, self._weights.check, tensors)
+        self._update = update
+        self._weights.begin(busy=bool(self._flights))
+
+    def load(self, bucket: Arriving) -> None:
+        self._checked(self._update.version, self._weights.load, bucket)
+        self._update.arrived(names_of(bucket))
+
+    def end_update(self) -> None:
+        self._weights.end(self._update.ended())
+        self._update, self._occupancy.has_weights = None, True
         for flight in self._flights.values():
             flight.weights.append(self._server.weights)
-        self._has_weights = True
+
+    def join_group(self, place: GroupPlace, rank: int) -> ServerParallel | None:
+        self._checked(None, self._weights.join, place, rank)
+        return self._weights.divided
+
+    def _checked(self, version: int | None, function: Callable[..., object], *arguments: object) -> None:
+        try:
+            function(*arguments)
+        except (ValueError, Refused) as error:
+            of = "" if version is None else f"weights version {version}: "
+            raise EngineError(f"engine {self.name!r}: {of}{error}") from error
 
     def write_weights(self, manifest: WeightsManifest) -> None:
+        self._occupancy.require("reading weights", ("weights",))
+        self._checked(None, lambda: self._weights.read(manifest, busy=bool(self._flights)))
+
+    def checksums(self) -> dict[str, str]:
+        self._occupancy.require("a checksum", ("weights",))
         try:
-            self._weights.read(manifest, busy=bool(self._flights))
+            return self._weights.checksums(busy=bool(self._flights))
         except (ValueError, Refused) as error:
             raise EngineError(f"engine {self.name!r}: {error}") from error
 
-    def checksums(self) -> dict[str, str]:
-        """Takes as much shared memory as the weights, meanwhile."""
-        segment = Segment(layout("", self._weights.tensors).nbytes)
-        try:
-            manifest = layout(segment.name, self._weights.tensors)
-            self.write_weights(manifest)
-            return {name: checksum(tensor) for name, tensor in attach(manifest).items()}
-        finally:
-            segment.close()
+    def sleep(self, tags: Collection[str]) -> None:
+        """A server that is not idle, or is asked twice, dies of it. On a CPU it does nothing."""
+        if new := self._occupancy.to_give(tags, len(self._flights)):
+            try:
+                # The last replies may have left before the server was done with them.
+                self._server.get(f"/flush_cache?timeout={IDLE_S:g}")
+                self._server.post("/release_memory_occupation", {"tags": new})
+            except Refused as error:
+                raise EngineError(f"engine {self.name!r} cannot sleep: {error}") from error
+            for tag in new:
+                self._occupancy.given(tag)
+            self._seen.clear()
+
+    def wake(self, tags: Collection[str]) -> None:
+        if asleep := self._occupancy.to_take(tags):
+            try:
+                self._server.post("/resume_memory_occupation", {"tags": asleep})
+            except Refused as error:
+                raise EngineError(f"engine {self.name!r} cannot wake: {error}") from error
+            for tag in asleep:
+                self._occupancy.taken(tag)
+
+    def memory(self) -> MemoryUse:
+        """On a CPU nothing sleeps."""
+        kv_gib = metric(self._server.get("/metrics"), "sglang:kv_cache_memory_usage_gb", tp_rank="0", pp_rank="0")
+        sizes = {"kv_cache": round(kv_gib * 2**30), "weights": layout("", self._weights.tensors).nbytes}
+        if self._on_cpu:
+            return of_process(sizes)
+        return MemoryUse({tag: size for tag, size in sizes.items() if tag not in self._occupancy.asleep})
 
     def score(self, sequences: Sequences[Sequences[int]]) -> list[np.ndarray]:
+        check_between(self.name, self._update)
+        self._occupancy.require("scoring")
         start = time.perf_counter()
         for index, sequence in enumerate(sequences):
             if fault := fault_of(sequence, self._vocabulary):
@@ -247,6 +325,9 @@ class SGLangEngine:
             busy_seconds=self._busy_seconds,
             kv_tokens=self._kv_tokens,
             kv=KVCounters(slot_tokens=self._own, sibling_tokens=self._others),
+            drafts=self._drafts,
+            drafted_tokens=self._drafted,
+            accepted_tokens=self._accepted,
         )
 
     def close(self) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_pbsd.rollout.drafting.request_news import told
 from megatron_pbsd.rollout.engines.protocol import Chunk
 from megatron_pbsd.trajectory import FinishReason, VersionSpan
 
@@ -39,11 +40,13 @@ def sampling_seed(seed: int, request_id: str) -> int:
 
 
 def generate_body(
-    chunk: Chunk, generated: Sequence[int], rid: str, room: int, experts_from: int | None
+    chunk: Chunk, generated: Sequence[int], rid: str, room: int, experts_from: int | None, drafting: bool = False,
+    prioritises: bool = False,
 ) -> dict[str, Any]:
     """The request that continues `chunk`, of which `generated` is there already, up to `room` new tokens in all.
 
-    experts_from: first position whose routed experts are reported; None: they are not.
+    experts_from: first position whose routed experts are reported; None: they are not. drafting: the server drafts, and
+    is told what for. prioritises: it orders requests by priority, larger first.
     """
     body: dict[str, Any] = {
         "input_ids": [*chunk.tokens, *generated],
@@ -58,6 +61,11 @@ def generate_body(
         },
         "return_logprob": True,
     }
+    if drafting:
+        # Not `extra_key`, which would keep groups from sharing KV.
+        body["sampling_params"]["custom_params"] = told(chunk.group_id, chunk.request_id, chunk.siblings)
+    if prioritises:
+        body["priority"] = chunk.priority
     if experts_from is not None:
         body |= {"return_routed_experts": True, "routed_experts_start_len": experts_from}
     return body
@@ -75,7 +83,8 @@ def score_body(sequences: Sequence[Sequence[int]], rid: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Reply:
-    """What a /generate reply says. stopped: the stop token that ended it, if one did."""
+    """What a /generate reply says. stopped: the stop token that ended it, if one did. drafts, drafted_tokens,
+    accepted_tokens: passes that verified a draft, tokens that they verified beside those there were, and those kept."""
 
     tokens: tuple[int, ...]
     log_probs: tuple[float, ...]
@@ -84,6 +93,9 @@ class Reply:
     cached_tokens: int
     versions: tuple[VersionSpan, ...]
     routed_experts: bytes | None
+    drafts: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
 
 def read_reply(reply: Mapping[str, Any], weights: Collection[WeightsName]) -> Reply:
@@ -108,7 +120,8 @@ def read_reply(reply: Mapping[str, Any], weights: Collection[WeightsName]) -> Re
         raise ValueError(f"the reply has log-probs of other tokens than it has: {len(listed)} and {len(tokens)}")
     stopped = finish.get("matched") if kind == "stop" else None
     return Reply(tokens, tuple(float(value) for value, *_ in listed), kind, stopped, cached,
-                 _versions(spans, weights, len(tokens)), _experts(meta))
+                 _versions(spans, weights, len(tokens)), _experts(meta), meta.get("spec_verify_ct", 0),
+                 meta.get("spec_num_proposed_drafts", 0), meta.get("spec_num_correct_drafts", 0))
 
 
 def _versions(spans: Sequence[Mapping[str, Any]], weights: Collection[WeightsName], tokens: int

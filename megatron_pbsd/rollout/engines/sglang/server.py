@@ -1,48 +1,24 @@
-"""A server process and everything below it: started, watched, ended."""
+"""A server and everything below it, on one machine or several: started, watched, ended."""
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import socket
-import subprocess
-import sys
-import tempfile
 import time
 import uuid
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_pbsd.ports import free_near, is_free
 from megatron_pbsd.rollout.engines.protocol import EngineDied, EngineError
-from megatron_pbsd.rollout.engines.sglang import keeper
 from megatron_pbsd.rollout.engines.sglang.client import Client, Refused, Unreachable
+from megatron_pbsd.rollout.engines.sglang.lifeline import Parts
+from megatron_pbsd.rollout.engines.sglang.processes import Launch, Processes
 from megatron_pbsd.rollout.engines.sglang.replies import WeightsName
 
-INSIDE = Path(__file__).with_name("inside")
 POLL_S = 0.25
-LOG_LINES_SHOWN = 30
 LAST_WORDS_S = 15.0
 ATTEMPTS = 3
-
-
-@dataclass(frozen=True)
-class Launch:
-    """python: interpreter of the environment that SGLang is in. arguments: of its ServerArgs, `host`, `port` and
-    `weight_version` left out. environment: the server's variables, all of them. port: None takes a free one.
-    log: where the server's output goes. start_s, answer_s: for how long it is waited for, to start and to answer.
-    """
-
-    python: str
-    arguments: Mapping[str, Any]
-    log: Path
-    environment: Mapping[str, str]
-    port: int | None = None
-    start_s: float = 600.0
-    answer_s: float = 300.0
 
 
 class Server:
@@ -54,7 +30,7 @@ class Server:
     def __init__(self, name: str, launch: Launch):
         self.name, self._launch = name, launch
         self.weights = WeightsName(uuid.uuid4().hex[:12], 0)
-        launch.log.parent.mkdir(parents=True, exist_ok=True)
+        self._parts = None if launch.meeting is None else Parts(launch.meeting, launch.start_s)
         for attempt in range(ATTEMPTS):
             port = self._port()
             self._start(port)
@@ -65,7 +41,7 @@ class Server:
                 self.close()
                 # Between choosing a free port and taking it somebody else may have.
                 taken = any("address already in use" in line.lower() for line in death.last_lines)
-                if launch.port is not None or not taken or attempt + 1 == ATTEMPTS:
+                if launch.port is not None or self._parts or not taken or attempt + 1 == ATTEMPTS:
                     raise
 
     def _port(self) -> int:
@@ -81,32 +57,25 @@ class Server:
         return self._launch.port
 
     def _start(self, port: int) -> None:
-        launch = self._launch
-        sweep()
-        folder = tempfile.mkdtemp(prefix=f"pbsd-sglang-{os.getpid()}-", dir=short_temporary())
-        arguments = {**launch.arguments, "host": "127.0.0.1", "port": port, "weight_version": str(self.weights)}
-        environment = {"SGLANG_RETURN_ORIGINAL_LOGPROB": "1", "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1",
-                       **launch.environment, "TMPDIR": folder}
-        command = [sys.executable, "-S", keeper.__file__, folder,
-                   launch.python, "-W", "ignore", str(INSIDE / "serve.py"), json.dumps(arguments)]
-        with launch.log.open("ab") as log:
-            self._log_start = log.tell()
-            # A session of its own: Ctrl-C is for the driver.
-            self._process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment, start_new_session=True)
-        self.client = Client(port, launch.answer_s)
+        arguments: dict[str, Any] = {"weight_version": str(self.weights)}
+        if self._parts:
+            arguments = self._parts.start(arguments)
+        self._processes = Processes(self._launch, {**arguments, "port": port})
+        if self._parts:
+            # Without one of its parts a server hangs, which is as good as dead.
+            self._parts.watch(self._processes.close)
+        self.client = Client(port, self._launch.answer_s)
 
     def _wait(self) -> None:
         end = time.monotonic() + self._launch.start_s
         while time.monotonic() < end:
-            try:
-                status = self._process.wait(POLL_S)
-            except subprocess.TimeoutExpired:
-                if self._ready():
-                    return
-            else:
-                raise self._death(f"its server ended with status {status} before it was ready")
-        raise self._death(f"its server was not ready within rollout.sglang.start_deadline_s = {self._launch.start_s:g}")
+            status = self._processes.wait(POLL_S)
+            if status is not None:
+                raise self.condemned(f"its server ended with status {status} before it was ready")
+            if self._ready():
+                return
+        raise self.condemned(
+            f"its server was not ready within rollout.sglang.start_deadline_s = {self._launch.start_s:g}")
 
     def _ready(self) -> bool:
         try:
@@ -132,49 +101,31 @@ class Server:
 
     def lost(self, error: Unreachable) -> EngineDied:
         """What has become of it, now that a call has failed. It is ended, if it is not."""
-        try:
-            # The server's processes end one after the other; the last words are in the log when all have.
-            status = self._process.wait(LAST_WORDS_S)
-            cause = f"its server ended with status {status}"
-        except subprocess.TimeoutExpired:
-            cause = f"its server does not answer ({error})"
-        death = self._death(cause)
-        self.close()
-        return death
+        # The server's processes end one after the other; the last words are in the log when all have.
+        status = self._processes.wait(LAST_WORDS_S)
+        return self.condemned(f"its server does not answer ({error})" if status is None else
+                              f"its server ended with status {status}")
 
     def condemned(self, cause: str) -> EngineDied:
-        """It is ended because of this."""
-        death = self._death(cause)
-        self.close()
-        return death
-
-    def _death(self, cause: str) -> EngineDied:
-        return EngineDied(self.name, f"{cause}; its log is {self._launch.log}", self.last_lines())
-
-    def last_lines(self) -> tuple[str, ...]:
-        """The end of what this server wrote."""
-        with self._launch.log.open("rb") as log:
-            log.seek(self._log_start)
-            lines = log.read().decode(errors="replace").splitlines()
-        return tuple(line for line in lines if line.strip())[-LOG_LINES_SHOWN:]
+        """It is ended because of this, on all of its machines."""
+        # Parts of a server follow one another; the one that began may have its word yet.
+        words = self._parts.end(LAST_WORDS_S if self._processes.closed else 0.0) if self._parts else []
+        causes = [f"{each.name}: {each.cause}" for each in words] + [f"{cause}; its log is {self._launch.log}"]
+        lines = self._processes.last_lines() + tuple(
+            f"{each.name.removeprefix(self.name + '.')} | {line}" for each in words for line in each.lines)
+        self._processes.close()
+        return EngineDied(self.name, "; ".join(causes), lines)
 
     @property
     def closed(self) -> bool:
-        return self._process.poll() is not None
+        return self._processes.closed
+
+    @property
+    def shared(self) -> Path:
+        return self._launch.shared
 
     def close(self) -> None:
-        """Ends all of its processes."""
-        self._process.stdin.close()
-        self._process.wait()
-
-
-def sweep() -> None:
-    """Remove temporary folders of servers whose keepers were killed before they could."""
-    for path in Path(short_temporary()).glob("pbsd-sglang-*-*"):
-        if not Path("/proc", path.name.split("-")[2]).exists():
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def short_temporary() -> str:
-    """Socket paths may have 107 bytes."""
-    return min(tempfile.gettempdir(), "/tmp", key=len)
+        """Ends all of its processes, wherever they are."""
+        self._processes.close()
+        if self._parts:
+            self._parts.end(0.0)

@@ -1,0 +1,55 @@
+#!/bin/bash
+# The run curve. Written by `pbsd submit`; docs/slurm.md explains it.
+#SBATCH --job-name=curve
+#SBATCH --partition=main
+#SBATCH --account=agents
+#SBATCH --qos=normal
+#SBATCH --nodes=2-4
+#SBATCH --ntasks-per-node=1
+#SBATCH --gres=gpu:h100:8
+#SBATCH --time=1-00:00:00
+#SBATCH --signal=B:USR1@300
+#SBATCH --exclude=node7,node3
+#SBATCH --chdir=/home/ada/work
+#SBATCH --output="/data/my runs/curve/slurm/%j.log"
+#SBATCH --open-mode=append
+#SBATCH --exclusive
+#SBATCH --mem=0
+#SBATCH --requeue
+#SBATCH --reservation=tests
+
+run='/data/my runs/curve'
+pbsd() { /opt/pbsd/bin/pbsd "$@"; }
+module load cuda/12.9
+export NCCL_SOCKET_IFNAME=ib0
+
+# Slurm says some time before the limit, and before it preempts: the run ends after its step, with a checkpoint.
+trap ': >"$run/stop"; pbsd attempt stop "$run"' USR1
+# Slurm ends the job. Its steps are told too; what became of them is recorded while there is time.
+trap ':' TERM
+
+while :; do
+    # Closes the record of an attempt that died without a word; ends a crash loop.
+    PBSD_ATTEMPT=$(pbsd attempt begin "$run") || exit
+    export PBSD_ATTEMPT
+    log=$run/attempts/$PBSD_ATTEMPT/job.log
+
+    # Nodes at fault are left out of the next attempt.
+    srun --ntasks-per-node=1 \
+        /opt/pbsd/bin/pbsd preflight "$run/slurm/config.yaml" --exclude-file "$run/excluded_nodes" >>"$log" 2>&1 || {
+        pbsd attempt end "$run" --exit-code 1 || exit 1
+        continue
+    }
+
+    # One task on every node; when one ends badly all end.
+    srun --ntasks-per-node=1 --kill-on-bad-exit=1 --wait=60 \
+        /opt/pbsd/bin/pbsd node "$run" >>"$log" 2>&1 &
+    step=$!
+    # A trap interrupts `wait`.
+    while kill -0 "$step" 2>/dev/null; do wait "$step"; done
+    wait "$step"
+    code=$?
+
+    # 0: the same allocation makes another attempt. Otherwise the job ends: complete, requeued or given up.
+    pbsd attempt end "$run" --exit-code "$code" || exit "$code"
+done
