@@ -243,7 +243,9 @@ def find_damage(rank, rendezvous, folder, settings):
             published["model.norm.weight"][0] += 1
             published["model.embed_tokens.weight"][-1, -1] += 1
         dist.barrier()
-        return intact, learner.differing(manifest)
+        damaged = learner.differing(manifest)
+        dist.barrier()  # the segment goes with rank 0
+        return intact, damaged
 
 
 @pytest.mark.parametrize("parallel", [ONE, DENSE["tp2"], DENSE["cp2"], DENSE["dp2"]], ids=["one", "tp2", "cp2", "dp2"])
