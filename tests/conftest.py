@@ -13,15 +13,18 @@ settings.load_profile("no deadline")
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """File by file, but one after the other what needs many processes: two pools of ranks, or two whole runs at a time,
-    would only wait for each other."""
+    """File by file, but one after the other what needs many processes: two pools of ranks, or two whole runs that
+    compute, would only wait for each other. Runs that something happens to wait for it: they have queues of their own.
+    """
     from xdist.scheduler import LoadScopeScheduling
+
+    queues = ("tests/distributed/", "tests/end_to_end/test_failures.py", "tests/end_to_end/test_nodes.py",
+              "tests/end_to_end/")
 
     class ByFile(LoadScopeScheduling):
         def _split_scope(self, nodeid):
             file = nodeid.partition("::")[0]
-            return next((folder for folder in ("tests/distributed/", "tests/end_to_end/") if file.startswith(folder)),
-                        file)
+            return next((queue for queue in queues if file.startswith(queue)), file)
 
     return ByFile(config, log)
 

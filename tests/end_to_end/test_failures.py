@@ -18,6 +18,13 @@ from small_disk import small_disk
 from megatron_pbsd.resharding.manifest import checksum
 from megatron_pbsd.resharding.publication import Published
 
+UNDISTURBED = (*SMALL, "--steps", "16", "--checkpoint.every", "0", "--rollout.policy", "longest_remaining")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(pbsd):
+    return pbsd("undisturbed", *UNDISTURBED).succeed()
+
 
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", ["learner-1", "engine-0"])
@@ -45,13 +52,10 @@ def test_a_component_that_dies_is_named_and_finished_trajectories_stay(pbsd, vic
 
 
 @pytest.mark.slow
-def test_engines_that_die_are_started_anew(pbsd):
+def test_engines_that_die_are_started_anew(pbsd, undisturbed):
     """SIGKILL to one while it has chunks, to the other after a rollout, then to both. The run comes to what it would
     have come to."""
-    options = (*SMALL, "--steps", "12", "--checkpoint.every", "0", "--rollout.policy", "longest_remaining",
-               "--rollout.engine_restarts", "4")
-    whole = pbsd("undisturbed", *options).succeed()
-    run = pbsd("engines-die", *options)
+    run = pbsd("engines-die", *UNDISTURBED, "--rollout.engine_restarts", "4")
     run.wait_for_step(1)
     wait_for_rollout_after(run, lambda: max(row["step"] for row in run.rows()))
     run.component("engine-0").kill()
@@ -68,8 +72,8 @@ def test_engines_that_die_are_started_anew(pbsd):
     assert errors.count("engine-0 died: ") == errors.count("engine-1 died: ") == 2
     assert re.search(r"started anew( in \d+ s)?, which may happen 0 more times", errors)
     rows = run.rows()
-    assert [row["step"] for row in rows] == [row["step"] for row in whole]
-    for ours, theirs in zip(rows[1:], whole[1:], strict=True):
+    assert [row["step"] for row in rows] == [row["step"] for row in undisturbed]
+    for ours, theirs in zip(rows[1:], undisturbed[1:], strict=True):
         for key in ("reward/mean", "loss/total", "grad_norm", "rollout/tokens"):
             assert ours[key] == pytest.approx(theirs[key], rel=1e-4, abs=1e-6), (ours["step"], key)
     lanes = [event["args"]["name"] for event in json.loads((run.folder / "trace.json").read_text())
@@ -79,13 +83,10 @@ def test_engines_that_die_are_started_anew(pbsd):
 
 
 @pytest.mark.slow
-def test_engines_that_hang_are_started_anew(pbsd):
+def test_engines_that_hang_are_started_anew(pbsd, undisturbed):
     """SIGSTOP to one while it has chunks, to the other after a rollout, so that weights cannot be given to it. The run
     comes to what it would have come to; a third hang ends it."""
-    options = (*SMALL, "--checkpoint.every", "0", "--rollout.policy", "longest_remaining", "--rollout.deadline_s", "40",
-               "--steps", "16")
-    whole = pbsd("unhung", *options).succeed()
-    run = pbsd("engines-hang", *options)
+    run = pbsd("engines-hang", *UNDISTURBED, "--rollout.deadline_s", "30")
 
     def done():
         return max(row["step"] for row in run.rows())
@@ -102,12 +103,12 @@ def test_engines_that_hang_are_started_anew(pbsd):
     family = run.family()
     code, errors = run.finish()
     assert code == 1 and none_left(family)
-    assert errors.count("engine-0 died: it hung, with no answer for 40 s") == 1
-    assert errors.count("engine-1 died: it hung, with no answer for 40 s") == 1
+    assert errors.count("engine-0 died: it hung, with no answer for 30 s") == 1
+    assert errors.count("engine-1 died: it hung, with no answer for 30 s") == 1
     assert re.search(r"started anew( in \d+ s)?, which may happen 0 more times", errors)
-    assert "no answer within 40 s from engine-0" in errors and "Traceback" not in errors
+    assert "no answer within 30 s from engine-0" in errors and "Traceback" not in errors
     rows = run.rows()
-    for ours, theirs in zip(rows[1:], whole[1:], strict=False):
+    for ours, theirs in zip(rows[1:], undisturbed[1:], strict=False):
         for key in ("reward/mean", "loss/total", "grad_norm", "rollout/tokens"):
             assert ours[key] == pytest.approx(theirs[key], rel=1e-4, abs=1e-6), (ours["step"], key)
 

@@ -67,14 +67,9 @@ def test_the_run_folder_is_complete(trained):
     assert torch.isfinite(model(torch.tensor([[1, 2, 3]])).logits).all()
 
 
-@pytest.mark.parametrize(("layout", "tp", "pp"), [("dp2", "1", "1"), ("pp2", "1", "2")])
-def test_other_layouts_give_the_same_losses(pbsd, tp2, layout, tp, pp):
-    rows = pbsd(layout, *SMALL, "--steps", "2", "--learner.parallel.tp", tp, "--learner.parallel.pp", pp).succeed()
+def test_another_layout_gives_the_same_losses(pbsd):
+    tp2 = pbsd("tp2", *SMALL, "--steps", "2").succeed()
+    rows = pbsd("pp2", *SMALL, "--steps", "2", "--learner.parallel.tp", "1", "--learner.parallel.pp", "2").succeed()
     for ours, theirs in zip(rows[1:], tp2[1:], strict=True):
         for key in ("reward/mean", "loss/total", "loss/entropy", "grad_norm", "credit/evidence_per_token"):
             assert ours[key] == pytest.approx(theirs[key], rel=1e-3, abs=1e-5), key
-
-
-@pytest.fixture(scope="module")
-def tp2(pbsd):
-    return pbsd("tp2", *SMALL, "--steps", "2").succeed()
