@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Collection, Sequence as Sequences
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
+from queue import SimpleQueue
+from threading import Event
 
 import numpy as np
 
@@ -90,7 +92,9 @@ class SGLangEngine:
         # A server that orders requests has to have them all.
         self._threads = ThreadPoolExecutor(MOST_REQUESTS if self._prioritises else slots, thread_name_prefix=name)
         self._flights: dict[Future[Reply], Flight] = {}
-        self._interrupted: Future[None] = Future()
+        # Of replies, in the order in which they arrive; None only wakes who waits.
+        self._arrived: SimpleQueue[Future[Reply] | None] = SimpleQueue()
+        self._interrupted = Event()
         self._ended: list[ChunkResult] = []
         self._seen: dict[str, int] = {}
         self._numbers = count()
@@ -129,14 +133,17 @@ class SGLangEngine:
         flight.rid = f"{chunk.request_id}#{next(self._numbers)}"
         body = generate_body(chunk, flight.tokens, flight.rid, room, flight.experts_from, self._drafting,
                              self._prioritises)
-        self._flights[self._threads.submit(self._server.client.post, "/generate", body)] = flight
+        future = self._threads.submit(self._server.client.post, "/generate", body)
+        self._flights[future] = flight
+        future.add_done_callback(self._arrived.put)
 
     def collect(self) -> list[ChunkResult]:
         check_between(self.name, self._update)
         start = time.perf_counter()
-        while not self._ended and self._flights and not self._interrupted.done():
-            done = wait([*self._flights, self._interrupted], return_when=FIRST_COMPLETED).done
-            self._land(done - {self._interrupted})
+        while not self._ended and self._flights and not self._interrupted.is_set():
+            self._land(self._arrived.get())
+        while not self._arrived.empty():
+            self._land(self._arrived.get())
         self._busy_seconds += time.perf_counter() - start
         ended, self._ended = self._ended, []
         return ended
@@ -144,21 +151,22 @@ class SGLangEngine:
     def interrupt(self) -> None:
         """Let `collect`, the one that runs or the next, return as soon as it can, until `abort` is called. This alone
         may be called from another thread."""
-        if not self._interrupted.done():
-            self._interrupted.set_result(None)
+        self._interrupted.set()
+        self._arrived.put(None)
 
-    def _land(self, done: set[Future]) -> None:
-        for future in done:
-            flight = self._flights.pop(future)
-            try:
-                reply = read_reply(future.result(), flight.weights)
-            except Unreachable as error:
-                raise self._server.lost(error) from error
-            except StaleWeights as error:
-                raise self._server.condemned(f"request {flight.rid!r}: it generated with {error}") from error
-            except (Refused, ValueError) as error:
-                raise EngineError(f"engine {self.name!r}: request {flight.rid!r}: {error}") from error
-            self._take(flight, reply)
+    def _land(self, future: Future | None) -> None:
+        flight = self._flights.pop(future, None)
+        if flight is None:  # only woken, or ended by `abort`
+            return
+        try:
+            reply = read_reply(future.result(), flight.weights)
+        except Unreachable as error:
+            raise self._server.lost(error) from error
+        except StaleWeights as error:
+            raise self._server.condemned(f"request {flight.rid!r}: it generated with {error}") from error
+        except (Refused, ValueError) as error:
+            raise EngineError(f"engine {self.name!r}: request {flight.rid!r}: {error}") from error
+        self._take(flight, reply)
 
     def _take(self, flight: Flight, reply: Reply) -> None:
         chunk = flight.chunk
@@ -196,7 +204,7 @@ class SGLangEngine:
             raise EngineError(f"engine {self.name!r}: request {flight.rid!r}: {error}") from error
 
     def abort(self, request_ids: Sequences[str]) -> None:
-        self._interrupted = Future()
+        self._interrupted.clear()
         for future, flight in list(self._flights.items()):
             if flight.chunk.request_id not in request_ids:
                 continue
@@ -204,10 +212,12 @@ class SGLangEngine:
             if future.cancel():
                 del self._flights[future]
                 self._ended.append(flight.result("abort"))
+                continue
             # The server knows exact ids, and none that has not reached it yet.
             while not future.done():
                 self._server.post("/abort_request", {"rid": flight.rid})
                 wait([future], ABORT_AGAIN_S)
+            self._land(future)
 
     def release(self, request_ids: Sequences[str]) -> None:
         """The server's own cache gives up the longest untouched."""
