@@ -7,6 +7,7 @@ import signal
 import socket
 import threading
 import time
+from contextlib import closing
 from dataclasses import replace
 
 import psutil
@@ -40,6 +41,20 @@ def test_a_port_that_is_taken_is_named(models, tmp_path):
         with pytest.raises(EngineError, match=rf"engine-0.*port {port} is taken by another process; \d+ is free.*"
                                               "rollout.sglang.port"):
             start(models["dense"], tmp_path, port=port)
+
+
+def test_a_port_that_somebody_takes_meanwhile_is_left_for_another(models, tmp_path, monkeypatch):
+    """Who took it listens and never answers, so the server says more after it was refused than is shown of its log."""
+    with socket.socket() as taken, socket.socket() as free:
+        for each in (taken, free):
+            each.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            each.bind(("127.0.0.1", 0))
+        taken.listen()
+        ports = [each.getsockname()[1] for each in (taken, free)]
+        monkeypatch.setattr("megatron_pbsd.rollout.engines.sglang.server.free_port", iter(ports).__next__)
+        with closing(start(models["dense"], tmp_path)) as engine:
+            assert engine._server.client.port == ports[1]
+        assert "address already in use" in (tmp_path / "engine-0.sglang.log").read_text()
 
 
 def test_arguments_are_checked_against_the_installed_sglang():

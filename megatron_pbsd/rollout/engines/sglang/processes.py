@@ -74,10 +74,16 @@ class Processes:
 
     def last_lines(self) -> tuple[str, ...]:
         """The end of what they wrote."""
+        return tuple(line for line in self._output().splitlines() if line.strip())[-LOG_LINES_SHOWN:]
+
+    def have_said(self, words: str) -> bool:
+        """Whether they have written this, in whatever case. words: in lower case."""
+        return words in self._output().lower()
+
+    def _output(self) -> str:
         with self.log.open("rb") as log:
             log.seek(self._log_start)
-            lines = log.read().decode(errors="replace").splitlines()
-        return tuple(line for line in lines if line.strip())[-LOG_LINES_SHOWN:]
+            return log.read().decode(errors="replace")
 
     def close(self) -> None:
         """Ends all of them."""

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import socket
 import time
 import uuid
 from pathlib import Path
 from typing import Any
 
-from megatron_pbsd.ports import free_near, is_free
+from megatron_pbsd.ports import free_near, free_port, is_free
 from megatron_pbsd.rollout.engines.protocol import EngineDied, EngineError
 from megatron_pbsd.rollout.engines.sglang.client import Client, Refused, Unreachable
 from megatron_pbsd.rollout.engines.sglang.lifeline import Parts
@@ -37,18 +36,16 @@ class Server:
             try:
                 self._wait()
                 return
-            except EngineDied as death:
+            except EngineDied:
                 self.close()
                 # Between choosing a free port and taking it somebody else may have.
-                taken = any("address already in use" in line.lower() for line in death.last_lines)
+                taken = self._processes.have_said("address already in use")
                 if launch.port is not None or self._parts or not taken or attempt + 1 == ATTEMPTS:
                     raise
 
     def _port(self) -> int:
         if self._launch.port is None:
-            with socket.socket() as probe:
-                probe.bind(("127.0.0.1", 0))
-                return probe.getsockname()[1]
+            return free_port()
         if not is_free(self._launch.port):
             raise EngineError(
                 f"engine {self.name!r}: port {self._launch.port} is taken by another process; "
