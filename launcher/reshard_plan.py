@@ -23,6 +23,9 @@ from megatron_pbsd.resharding.layouts import Layout, embedded_layout, learner_la
 from megatron_pbsd.resharding.plan import Link, Plan, make_plan
 from megatron_pbsd.resharding.wire import FLOAT8, cut_blocks
 
+SIZES = ("tp", "ep", "pp", "dp_attention")
+"""Of a server's layout."""
+
 
 class TargetConfig(Section):
     """The engines. What is null is as configured."""
@@ -37,8 +40,8 @@ class TargetConfig(Section):
     """SGLang's --ep-size; rollout.sglang.args.ep_size."""
     pp: PositiveInt | None = None
     """SGLang's --pp-size; rollout.sglang.args.pp_size."""
-    dp_attention: PositiveInt = 1
-    """SGLang's --dp-size with --enable-dp-attention."""
+    dp_attention: PositiveInt | None = None
+    """SGLang's --attn-dp-size; rollout.sglang.args.attn_dp_size."""
     dtype: Literal["auto", "float32", "bfloat16", "float16", "float8_e4m3fn"] = "auto"
     """Of weights in the engines; `auto` is the learner's, float8_e4m3fn has a scale for each block of 128 x 128."""
     colocated: bool = True
@@ -123,7 +126,7 @@ def _completed(target: TargetConfig, config: RunConfig) -> TargetConfig:
     engine = target.engine or config.rollout.engine
     configured = sglang.server_of(config.rollout.sglang.args if engine == "sglang" else {})
     return target.model_copy(update={
-        "engine": engine, **{key: getattr(target, key) or getattr(configured, key) for key in ("tp", "ep", "pp")}})
+        "engine": engine, **{key: getattr(target, key) or getattr(configured, key) for key in SIZES}})
 
 
 def _target(decoder: Decoder, config: RunConfig, target: TargetConfig) -> tuple[Layout | None, list[str]]:
@@ -131,7 +134,7 @@ def _target(decoder: Decoder, config: RunConfig, target: TargetConfig) -> tuple[
     offset = 0 if target.colocated else ranks
     if target.engine == "embedded":
         divided = [f"target.{key} = {getattr(target, key)}: embedded engines have every tensor whole; set it to 1, or "
-                   "target.engine to sglang" for key in ("tp", "ep", "pp", "dp_attention") if getattr(target, key) > 1]
+                   "target.engine to sglang" for key in SIZES if getattr(target, key) > 1]
         if target.dtype == FLOAT8:
             divided.append(f"target.dtype = {FLOAT8}: embedded engines have no weights in 8 bits; set target.engine to "
                            "sglang")

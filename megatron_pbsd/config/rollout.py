@@ -15,6 +15,7 @@ CHUNKS_PER_TURN, SHORTEST_CHUNK = 8, 16
 WITH_DRAFTS = {
     "pp_size": (1, "SGLang drafts in one stage"),
     "enable_dp_attention": (False, "SGLang does not draft with it"),
+    "attn_dp_size": (1, "SGLang does not draft with it"),
     "enable_mixed_chunk": (False, "SGLang does not draft with it"),
     "disable_overlap_schedule": (True, "drafts follow the newest tokens, which overlapping passes do not know"),
 }

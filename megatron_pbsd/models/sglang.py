@@ -26,7 +26,7 @@ class ServerParallel:
     """Layout of one server of tp * pp ranks; rank = pp rank * tp + tp rank.
 
     ep:            parts of the experts; each expert is divided over tp / ep ranks.
-    dp_attention:  replicas of attention within the tensor-parallel group (`--enable-dp-attention`), each on
+    dp_attention:  replicas of attention within the tensor-parallel group (`--attn-dp-size`), each on
                    tp / dp_attention of its ranks.
     """
 
@@ -51,7 +51,9 @@ class ServerParallel:
 def server_of(arguments: Mapping[str, Any]) -> ServerParallel:
     """The layout that SGLang's own arguments ask for, by the names of its ServerArgs."""
     sizes = {key: int(arguments.get(f"{key}_size", 1)) for key in ("tp", "ep", "pp")}
-    replicas = int(arguments.get("dp_size", 1)) if arguments.get("enable_dp_attention") else 1
+    replicas = int(arguments.get("attn_dp_size", 1))
+    if replicas == 1 and arguments.get("enable_dp_attention"):  # the older name
+        replicas = int(arguments.get("dp_size", 1))
     return ServerParallel(**sizes, dp_attention=replicas)
 
 

@@ -12,7 +12,6 @@ from megatron_pbsd.rollout.engines.protocol import Engine
 
 HERE = Path(__file__).parent
 SLOTS, MAX_CONTEXT, LONGEST_DRAFT = 8, 120, 8
-DIVIDED = {"tp2": {"tp_size": 2}, "ep2": {"tp_size": 2, "ep_size": 2}}
 
 
 def pytest_collection_modifyitems(items):
@@ -34,9 +33,9 @@ def models(tmp_path_factory) -> dict[str, Path]:
 
 @pytest.fixture(scope="session")
 def engines(models, tmp_path_factory):
-    """Starts each engine once: `engines(kind of engine, kind of model)`. `drafting` is SGLang that speculates; of `tp2`
-    two processes have half of each tensor, and of `ep2` half of the experts."""
-    from sglang_server.servers import ARGS, ENVIRONMENT, start
+    """Starts each engine once: `engines(kind of engine, kind of model)`. `drafting` is SGLang that speculates; the
+    others are of `servers.DIVIDED`."""
+    from sglang_server.servers import ARGS, DIVIDED, ENVIRONMENT, start
 
     made: dict[tuple[str, str], Engine] = {}
 
@@ -45,14 +44,12 @@ def engines(models, tmp_path_factory):
             if kind == "embedded":
                 made[kind, model] = EmbeddedEngine(
                     str(models[model]), name="engine-0", slots=SLOTS, max_context=MAX_CONTEXT)
-            elif kind in DIVIDED:
-                made[kind, model] = start(
-                    models[model], tmp_path_factory.mktemp("logs"), args=ARGS | DIVIDED[kind],
-                    environment=ENVIRONMENT | {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"})
             else:
-                made[kind, model] = start(models[model], tmp_path_factory.mktemp("logs"), slots=SLOTS,
-                                          max_context=MAX_CONTEXT, routed_experts=model == "moe",
-                                          longest_draft=LONGEST_DRAFT if kind == "drafting" else None)
+                bound = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"} if kind in DIVIDED else {}
+                made[kind, model] = start(
+                    models[model], tmp_path_factory.mktemp("logs"), slots=SLOTS, max_context=MAX_CONTEXT,
+                    args=ARGS | DIVIDED.get(kind, {}), environment=ENVIRONMENT | bound, routed_experts=model == "moe",
+                    longest_draft=LONGEST_DRAFT if kind == "drafting" else None)
         return made[kind, model]
 
     yield engine

@@ -21,6 +21,10 @@ STAND_INS = Path(__file__).with_name("stand_ins")
 ARGS: dict[str, Any] = {
     "device": "cpu", "attention_backend": "torch_native", "sampling_backend": "pytorch", "disable_cuda_graph": True,
     "dtype": "float32", "max_total_tokens": 4096, "enable_deterministic_inference": True, "sleep_on_idle": True}
+DIVIDED: dict[str, dict[str, int]] = {
+    "tp2": {"tp_size": 2}, "ep2": {"tp_size": 2, "ep_size": 2},
+    "replicas": {"tp_size": 2, "ep_size": 2, "attn_dp_size": 2}}
+"""Two processes with half of each tensor, half of the experts, or half of the experts and all of attention."""
 ENVIRONMENT = {"PYTHONPATH": str(STAND_INS), "SGLANG_USE_CPU_ENGINE": "1", "HF_HUB_OFFLINE": "1",
                "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "TORCH_COMPILE_DISABLE": "1"}
 

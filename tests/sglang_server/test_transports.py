@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import count
 
@@ -11,12 +12,13 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from sglang_server.servers import DIVIDED
 from transformers import AutoModelForCausalLM
 
 from megatron_pbsd.boxes import size
 from megatron_pbsd.config import ParallelConfig
 from megatron_pbsd.models import family
-from megatron_pbsd.models.sglang import ServerParallel
+from megatron_pbsd.models.sglang import server_of
 from megatron_pbsd.ports import free_port
 from megatron_pbsd.resharding.broadcast import CollectiveTransport
 from megatron_pbsd.resharding.disk import DiskTransport
@@ -32,7 +34,6 @@ from megatron_pbsd.rollout.engines.sglang import weights
 from megatron_pbsd.rollout.engines.sglang.engine import SGLangEngine
 from tests.resharding.local_members import ONE, LocalMembers, OneRank
 
-DIVIDED = {"tp2": ServerParallel(tp=2), "ep2": ServerParallel(tp=2, ep=2)}
 VERSIONS = count(1000)
 BUCKET = 1 << 15
 PROMPT = tuple(range(3, 20))
@@ -41,10 +42,15 @@ PROMPT = tuple(range(3, 20))
 @pytest.fixture(params=[(kind, model) for model in ("dense", "moe") for kind in ("embedded", "sglang")],
                 ids=lambda param: "-".join(param))
 def world(request, engines, models):
-    """Learner, engines, weights, and what makes transports between them; in the end the engine has its first weights
-    again."""
     kind, model = request.param
-    engine, path, size = engines(kind, model), models[model], 2 if kind in DIVIDED else 1
+    with world_of(engines(kind, model), models[model], 2 if kind in DIVIDED else 1) as world:
+        yield world
+
+
+@contextmanager
+def world_of(engine, path, size):
+    """Learner, engine of `size` ranks, weights, and what makes transports between them; in the end the engine has its
+    first weights again."""
     hf = json.loads((path / "config.json").read_text())
     tensors = load_file(path / "model.safetensors")
     decoder = family(hf).decoder(hf)
@@ -133,7 +139,7 @@ def log_probs(path, tensors, folder):
 def test_each_rank_takes_what_it_lacks_and_no_more(world, models, request, tmp_path, kind):
     learner, engine, tensors, transport = world
     server, model = request.node.callspec.params["world"]
-    engine_ranks = fewest(models[model], DIVIDED.get(server, ServerParallel()))
+    engine_ranks = fewest(models[model], server_of(DIVIDED.get(server, {})))
     sending, version = transport(kind, tmp_path), next(VERSIONS)
     learner.take(changed := other(tensors, version))
     assert sending.send(version, ["engine-0"]) == engine.checksums()
@@ -151,7 +157,7 @@ def test_a_model_that_is_divided_otherwise_is_given_whole_tensors(world, models,
     server, model = request.node.callspec.params["world"]
     hf = json.loads((models[model] / "config.json").read_text())
     decoder = family(hf).decoder(hf)
-    planned = [engine._server, decoder, DIVIDED.get(server, ServerParallel()),
+    planned = [engine._server, decoder, server_of(DIVIDED.get(server, {})),
                {name: tuple(tensor.shape) for name, tensor in tensors.items()}]
     other_heads = replace(decoder, num_key_value_heads=4, num_hidden_layers=3)
     engine._weights = weights.ServerWeights(planned[0], other_heads, *planned[2:])

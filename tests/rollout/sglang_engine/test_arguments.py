@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from launcher.overrides import load_config
 from launcher.sources import ConfigError
 from megatron_pbsd.config import RolloutConfig, RunConfig, SGLangConfig
+from megatron_pbsd.models.sglang import ServerParallel, server_of
 from megatron_pbsd.rollout.engines.protocol import EngineError
 from megatron_pbsd.rollout.engines.sglang import arguments
 
@@ -51,8 +52,20 @@ def test_all_problems_at_once(tmp_path):
         SGLangConfig(args={"node_rank": 1}))[0]
     first, second, third, fourth = arguments.problems(section)
     assert "args.port is set by rollout.sglang.port" in first and "args.model_path is set by model.path" in second
-    assert "args.dp_size = 2" in third and "raise rollout.engines" in third
+    assert "args.dp_size = 2" in third and "raise rollout.engines" in third and "attn_dp_size" in third
     assert "rollout.sglang.python" in fourth and "is no interpreter" in fourth
+
+
+@pytest.mark.parametrize("args", [
+    {"tp_size": 4, "attn_dp_size": 4}, {"tp_size": 4, "dp_size": 4, "enable_dp_attention": True},
+    {"tp_size": 4, "dp_size": 1, "attn_dp_size": 4, "enable_dp_attention": True}])
+def test_replicas_of_attention_by_either_name(args):
+    """Each has the same number of slots."""
+    config = RolloutConfig(engine="sglang", slots=10, sglang={"args": args})
+    made = arguments.server_arguments(config, "/m", number=1, load_weights=True, routed_experts=False)
+    assert server_of(made) == ServerParallel(tp=4, dp_attention=4) and made["base_gpu_id"] == 4
+    assert made["max_running_requests"] == 12 and args.items() <= made.items()
+    assert arguments.problems(config.sglang) == []
 
 
 def test_an_environment_without_sglang_is_named():
@@ -144,7 +157,7 @@ def test_drafting():
 
 def test_all_that_does_not_go_with_drafts_is_named_at_once():
     args = {"speculative_algorithm": "EAGLE", "speculative_num_steps": 3, "pp_size": 2, "enable_dp_attention": True,
-            "disable_overlap_schedule": False, "page_size": 64}
+            "attn_dp_size": 2, "disable_overlap_schedule": False, "page_size": 64}
     with pytest.raises(ValidationError) as caught:
         RunConfig.model_validate({**MINIMAL, "rollout": DRAFTING | {
             "speculation": {"enabled": True, "paths": 2}, "sglang": {"python": "p", "args": args}}})

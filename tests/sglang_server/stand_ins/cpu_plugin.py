@@ -43,6 +43,7 @@ def experts_here(original, layer, x, topk_output, *arguments, **named):
 
 
 def register():
+    from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
     from sglang.srt.server_args import (
         add_deterministic_attention_backend_choices,
@@ -62,5 +63,7 @@ def register():
     HookRegistry.register(
         "sglang.srt.model_executor.model_runner.ModelRunner.maybe_enable_batch_invariant_mode", lambda *_: None,
         HookType.REPLACE)
+    # As attention's other backends say how long a sequence is that only fills up a batch of replicas.
+    TorchNativeAttnBackend.get_cpu_graph_seq_len_fill_value = lambda self: 1
     add_deterministic_attention_backend_choices(["torch_native"])
     add_radix_supported_deterministic_attention_backend_choices(["torch_native"])

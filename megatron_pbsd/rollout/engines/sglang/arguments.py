@@ -7,12 +7,13 @@ import json
 import os
 import subprocess
 from collections.abc import Mapping
+from math import ceil
 from pathlib import Path
 from typing import Any
 
 from megatron_pbsd.config import RolloutConfig, SGLangConfig
 from megatron_pbsd.errors import did_you_mean
-from megatron_pbsd.models.sglang import ServerParallel
+from megatron_pbsd.models.sglang import server_of
 from megatron_pbsd.rollout.engines.protocol import EngineError
 from megatron_pbsd.rollout.engines.sglang.processes import INSIDE
 
@@ -47,8 +48,10 @@ def server_arguments(
     many each, one after the other.
     """
     given = config.sglang.args
+    replicas = server_of(given).dp_attention
     arguments = given | {
-        "model_path": model_path, "max_running_requests": config.slots,
+        # Of which each replica has an equal part.
+        "model_path": model_path, "max_running_requests": ceil(config.slots / replicas) * replicas,
         "context_length": config.max_context + CONTEXT_MARGIN, "skip_tokenizer_init": True,
         "custom_weight_loader": LOADERS, "enable_metrics": True, "skip_server_warmup": True,
         "load_format": "auto" if load_weights else "dummy", "enable_return_routed_experts": routed_experts}
@@ -60,23 +63,19 @@ def server_arguments(
     return arguments
 
 
-def parallel_of(arguments: Mapping[str, Any]) -> ServerParallel:
-    """How a server with these divides its model."""
-    return ServerParallel(**{key: int(arguments.get(f"{key}_size", 1)) for key in ("tp", "ep", "pp")})
-
-
 def ranks(config: SGLangConfig) -> int:
     """Processes of a server that hold a part of the weights."""
-    return parallel_of(config.args).size
+    return server_of(config.args).size
 
 
 def problems(config: SGLangConfig) -> list[str]:
     """What is wrong with `rollout.sglang`, one message each: the interpreter, or arguments by name, type and choice."""
     found = [f"rollout.sglang.args.{name} is set by {OURS[name]}: leave it out"
              for name in config.args if name in OURS]
-    if config.args.get("dp_size", 1) != 1:
+    if config.args.get("dp_size", 1) != 1 and not config.args.get("enable_dp_attention"):
         found.append(f"rollout.sglang.args.dp_size = {config.args['dp_size']!r}: SGLang cannot be given weights with "
-                     "replicas inside a server; leave it out, and raise rollout.engines")
+                     "replicas inside a server; leave it out and raise rollout.engines, or set attn_dp_size for "
+                     "replicas of attention alone")
     if config.python is None:
         return found
     try:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Sequence as Sequences
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from itertools import count
+from math import ceil
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Event
@@ -15,7 +17,7 @@ from threading import Event
 import numpy as np
 
 from megatron_pbsd.models import family
-from megatron_pbsd.models.sglang import ServerParallel
+from megatron_pbsd.models.sglang import ServerParallel, server_of
 from megatron_pbsd.platform.process_group import GroupPlace
 from megatron_pbsd.platform.usage import MemoryUse, of_process
 from megatron_pbsd.resharding.arrival import Arriving, names_of
@@ -32,9 +34,10 @@ from megatron_pbsd.rollout.engines.protocol import (
     fault_of,
     fault_of_chunk,
 )
-from megatron_pbsd.rollout.engines.sglang.arguments import DRAFTING, parallel_of
+from megatron_pbsd.rollout.engines.sglang.arguments import DRAFTING
 from megatron_pbsd.rollout.engines.sglang.client import Refused, Unreachable
 from megatron_pbsd.rollout.engines.sglang.processes import Launch
+from megatron_pbsd.rollout.engines.sglang.replicas import replica_for
 from megatron_pbsd.rollout.engines.sglang.replies import (
     Reply,
     StaleWeights,
@@ -61,7 +64,7 @@ class SGLangEngine:
     """See `protocol.Engine`. A chunk is one /generate request that a thread waits for.
 
     launch: how the server is started; its arguments are complete (`arguments.server_arguments`).
-    slots: chunks that it runs at a time.
+    slots: chunks that it runs at a time; a server that has replicas of attention has an equal part of them for each.
     has_weights: whether the server starts with those of `model_path`; until it is given some it otherwise refuses work.
     """
 
@@ -72,6 +75,7 @@ class SGLangEngine:
         self._slots, self._max_context = slots, max_context
         self._drafting = DRAFTING.items() <= launch.arguments.items()
         self._prioritises = bool(launch.arguments.get("enable_priority_scheduling"))
+        self._parallel = server_of(launch.arguments)
         hf = json.loads((Path(model_path) / "config.json").read_text(encoding="utf-8"))
         self._vocabulary, self._layers = hf["vocab_size"], hf["num_hidden_layers"]
         found = family(hf)
@@ -80,15 +84,16 @@ class SGLangEngine:
         self._on_cpu = launch.arguments.get("device") == "cpu"
         self._server = Server(name, launch)
         try:
-            self._weights = ServerWeights(
-                self._server, found.decoder(hf), parallel_of(launch.arguments), tensors)
+            self._weights = ServerWeights(self._server, found.decoder(hf), self._parallel, tensors)
         except (ValueError, Refused) as error:
             self._server.close()
             raise EngineError(
                 f"engine {name!r}: SGLang's model is another than that of {model_path!r}: {error}") from error
         self._occupancy = Occupancy(name, has_weights)
         self._update: Update | None = None
-        self._kv_tokens = json.loads(self._server.get("/server_info"))["max_total_num_tokens"]
+        # Each replica has as much.
+        self._kv_tokens = self._parallel.dp_attention * json.loads(
+            self._server.get("/server_info"))["max_total_num_tokens"]
         # A server that orders requests has to have them all.
         self._threads = ThreadPoolExecutor(MOST_REQUESTS if self._prioritises else slots, thread_name_prefix=name)
         self._flights: dict[Future[Reply], Flight] = {}
@@ -96,7 +101,7 @@ class SGLangEngine:
         self._arrived: SimpleQueue[Future[Reply] | None] = SimpleQueue()
         self._interrupted = Event()
         self._ended: list[ChunkResult] = []
-        self._seen: dict[str, int] = {}
+        self._seen: dict[str, Seen] = {}
         self._numbers = count()
         self._generated = self._prefilled = self._own = self._others = 0
         self._drafts = self._drafted = self._accepted = 0
@@ -124,15 +129,24 @@ class SGLangEngine:
         """Under other weights than its last chunk a context is read again, all of it."""
         if chunk.routed_from is None or not self._moe_layers:
             return None
-        version = self._server.weights.version
-        return chunk.routed_from if self._seen.get(chunk.request_id, version) == version else 0
+        seen = self._seen.get(chunk.request_id)
+        return chunk.routed_from if seen is None or seen.version == self._server.weights.version else 0
+
+    def _replica(self, request_id: str) -> int | None:
+        if self._parallel.dp_attention == 1:
+            return None
+        seen = self._seen.get(request_id)
+        running = Counter(flight.replica for flight in self._flights.values())
+        return replica_for([running[replica] for replica in range(self._parallel.dp_attention)],
+                           ceil(self._slots / self._parallel.dp_attention), None if seen is None else seen.replica)
 
     def _send(self, flight: Flight) -> None:
         chunk = flight.chunk
         room = min(chunk.max_new_tokens, self._max_context - len(chunk.tokens))
         flight.rid = f"{chunk.request_id}#{next(self._numbers)}"
+        flight.replica = self._replica(chunk.request_id)
         body = generate_body(chunk, flight.tokens, flight.rid, room, flight.experts_from, self._drafting,
-                             self._prioritises)
+                             self._prioritises, flight.replica)
         future = self._threads.submit(self._server.client.post, "/generate", body)
         self._flights[future] = flight
         future.add_done_callback(self._arrived.put)
@@ -178,7 +192,8 @@ class SGLangEngine:
             # The server also stops after what the model's configuration names; a chunk stops where it says.
             return self._send(flight)
         reason: FinishReason = "abort" if unasked and not full else "length" if unasked else reply.finish_reason
-        self._seen[chunk.request_id] = reply.versions[-1].version if reply.versions else self._server.weights.version
+        version = reply.versions[-1].version if reply.versions else self._server.weights.version
+        self._seen[chunk.request_id] = Seen(version, flight.replica)
         self._ended.append(flight.result(reason, *self._routed(flight, reply)))
 
     def _count(self, flight: Flight, reply: Reply) -> None:
@@ -346,6 +361,14 @@ class SGLangEngine:
         self._threads.shutdown(wait=False)
 
 
+@dataclass(frozen=True)
+class Seen:
+    """Of a request's last chunk: the weights of its last token, and the replica of attention that has its KV."""
+
+    version: int
+    replica: int | None
+
+
 @dataclass
 class Flight:
     """A chunk under way. weights: those that the server was given since. tokens … versions: of replies so far."""
@@ -354,6 +377,7 @@ class Flight:
     weights: list[WeightsName]
     experts_from: int | None
     rid: str = ""
+    replica: int | None = None
     aborted: bool = False
     tokens: list[int] = field(default_factory=list)
     log_probs: list[float] = field(default_factory=list)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,8 @@ from megatron_pbsd.rollout.engines.sglang.lifeline import Meeting
 
 INSIDE = Path(__file__).with_name("inside")
 LOG_LINES_SHOWN = 30
+LEAK = re.compile(r"nanobind: | - (leaked |\.\.\. skipped)|See https://nanobind\.")
+"""What Triton's bindings say in each process that ends of an error, in more lines than are shown."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,8 @@ class Processes:
 
     def last_lines(self) -> tuple[str, ...]:
         """The end of what they wrote."""
-        return tuple(line for line in self._output().splitlines() if line.strip())[-LOG_LINES_SHOWN:]
+        lines = (line for line in self._output().splitlines() if line.strip() and not LEAK.match(line))
+        return tuple(lines)[-LOG_LINES_SHOWN:]
 
     def have_said(self, words: str) -> bool:
         """Whether they have written this, in whatever case. words: in lower case."""

@@ -41,12 +41,13 @@ def sampling_seed(seed: int, request_id: str) -> int:
 
 def generate_body(
     chunk: Chunk, generated: Sequence[int], rid: str, room: int, experts_from: int | None, drafting: bool = False,
-    prioritises: bool = False,
+    prioritises: bool = False, replica: int | None = None,
 ) -> dict[str, Any]:
     """The request that continues `chunk`, of which `generated` is there already, up to `room` new tokens in all.
 
     experts_from: first position whose routed experts are reported; None: they are not. drafting: the server drafts, and
-    is told what for. prioritises: it orders requests by priority, larger first.
+    is told what for. prioritises: it orders requests by priority, larger first. replica: which one of attention's runs
+    it, if there are several.
     """
     body: dict[str, Any] = {
         "input_ids": [*chunk.tokens, *generated],
@@ -66,6 +67,8 @@ def generate_body(
         body["sampling_params"]["custom_params"] = told(chunk.group_id, chunk.request_id, chunk.siblings)
     if prioritises:
         body["priority"] = chunk.priority
+    if replica is not None:
+        body["routed_dp_rank"] = replica
     if experts_from is not None:
         body |= {"return_routed_experts": True, "routed_experts_start_len": experts_from}
     return body
