@@ -172,7 +172,8 @@ def _engine_problems(question: Question, engine: memory.Engine | None) -> list[s
     room, longest = question.cluster.available, question.config.rollout.max_context
     if engine.kv_tokens >= longest:
         return []
-    return [f"an engine of {engine.gpus} GPUs has room for KV of {engine.kv_tokens:,.0f} tokens, and "
+    each = " in each replica of attention" if engine.replicas > 1 else ""
+    return [f"an engine of {engine.gpus} GPUs has room for KV of {engine.kv_tokens:,.0f} tokens{each}, and "
             f"rollout.max_context is {longest:,}: its weights take {_gb(engine.held['weights'])} of {_gb(room)} GB on "
             "each; raise rollout.sglang.args.tp_size or mem_fraction_static"]
 

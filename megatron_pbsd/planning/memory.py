@@ -131,12 +131,13 @@ def learner_bytes(
 @dataclass(frozen=True)
 class Engine:
     """A GPU of an engine. held: bytes by the tags of the engines' memory. graphs: of CUDA graphs, which stay.
-    kv_tokens: of which there is room for KV."""
+    kv_tokens: of which each replica of attention has room for KV."""
 
     gpus: int
     held: Mapping[str, float]
     graphs: float
     kv_tokens: float
+    replicas: int = 1
 
     @property
     def fits(self) -> bool:
@@ -146,13 +147,17 @@ class Engine:
 def sglang_engine(decoder: Decoder, server: ServerParallel, args: Mapping[str, Any], gpu: Gpu, slots: int,
                   width: int) -> Engine:
     """Of a rank of an SGLang server. KV has the tokens that are asked for, or what `mem_fraction_static` of the GPU
-    leaves beside weights. CUDA graphs take what SGLang 0.5 sets aside for them: 2 MiB for each sequence."""
+    leaves beside weights. CUDA graphs take what SGLang 0.5 sets aside for them: 2 MiB for each sequence, and with
+    replicas of attention 3 MiB for each and replica, half as much again from 300 on."""
     weights = width * server_numbers(decoder, server)
     token = width * server_kv(decoder, server) / server.pp
-    graphs = 0 if args.get("disable_cuda_graph") else 2 * MIB * int(args.get("cuda_graph_max_bs", min(slots, 512)))
+    sequences = 0 if args.get("disable_cuda_graph") else int(args.get("cuda_graph_max_bs", min(slots, 512)))
+    padding = 0.0 if server.dp_attention == 1 else (3 if sequences <= 300 else 4.5) * server.dp_attention
+    graphs = (2 + padding) * MIB * sequences
     asked = args.get("max_total_tokens")
     pool = token * asked if asked else static_share(gpu, server, args, graphs) * gpu.memory - weights
-    return Engine(server.size, {"weights": weights, "kv_cache": pool}, graphs, max(pool, 0) / token)
+    return Engine(server.size, {"weights": weights, "kv_cache": pool}, graphs, max(pool, 0) / token,
+                  server.dp_attention)
 
 
 def static_share(gpu: Gpu, server: ServerParallel, args: Mapping[str, Any], graphs: float) -> float:

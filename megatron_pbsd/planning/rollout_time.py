@@ -50,7 +50,8 @@ def rollout_seconds(rollout: RolloutConfig, decoder: Decoder, fleet: Fleet, clus
     """Of all trajectories of a step, one turn each, with the configured policy; tools take no time."""
     gpu, engine = cluster.gpu, fleet.engine
     prompt, _ = lengths(rollout, mean)
-    token = engine.held["kv_cache"] / engine.kv_tokens * engine.gpus
+    # On all GPUs together; those of other replicas have none of it.
+    token = engine.held["kv_cache"] / engine.kv_tokens * engine.gpus / engine.replicas
     workload = Workload(
         name="plan", engines=fleet.count, chunk_tokens=rollout.longest_chunk or rollout.most_generated,
         model=ModelFacts(

@@ -9,7 +9,7 @@ import torch
 
 from launcher.bench.planning import layouts, megatron, needed_gb, recipes
 from launcher.published_layouts import KIMI_K2, QWEN3_8B, QWEN3_30B
-from launcher.published_runs import hagemann
+from launcher.published_runs import DEEPSEEK_V3, hagemann
 from megatron_pbsd import memory_account
 from megatron_pbsd.config import LearnerConfig, ParallelConfig
 from megatron_pbsd.models import family
@@ -59,6 +59,20 @@ def test_an_engine_takes_what_sglang_gives_it():
     asked = sglang_engine(decoder, server, {"max_total_tokens": 1000}, h100, 256, 2)
     # Four key-value heads, one on each rank, of 48 layers.
     assert asked.held["kv_cache"] == 1000 * 2 * 48 * 2 * 128 and asked.graphs == 256 * 2 * 2**20
+
+
+def test_replicas_of_attention_have_kv_of_their_own():
+    """Of DeepSeek-V3 every rank keeps all of a token's latents; of a replica's neighbours that is a copy each."""
+    decoder, h100 = family(DEEPSEEK_V3).decoder(DEEPSEEK_V3), gpu("h100-80g")
+    one, eight = (sglang_engine(decoder, ServerParallel(64, 64, dp_attention=replicas), {"max_total_tokens": 1000},
+                                h100, 128, 2) for replicas in (1, 8))
+    assert one.held["kv_cache"] == eight.held["kv_cache"] == 1000 * 2 * 61 * (512 + 64)
+    assert (one.kv_tokens, eight.kv_tokens, one.replicas, eight.replicas) == (1000, 1000, 1, 8)
+    # The embedding is whole with replicas, and of the heads' projections each rank has eight times as much.
+    heads = 61 * (1536 * 128 * 192 + 512 * 128 * 256 + 128 * 128 * 7168)
+    more = heads * (1 / 8 - 1 / 64) + 129280 * 7168 * (1 - 1 / 64)
+    assert eight.held["weights"] - one.held["weights"] == pytest.approx(2 * more, rel=1e-3)
+    assert eight.graphs == 13 * one.graphs == 128 * 26 * 2**20
 
 
 def test_published_layouts_fit_or_not_as_they_did():

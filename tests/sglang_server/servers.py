@@ -21,10 +21,11 @@ STAND_INS = Path(__file__).with_name("stand_ins")
 ARGS: dict[str, Any] = {
     "device": "cpu", "attention_backend": "torch_native", "sampling_backend": "pytorch", "disable_cuda_graph": True,
     "dtype": "float32", "max_total_tokens": 4096, "enable_deterministic_inference": True, "sleep_on_idle": True}
-DIVIDED: dict[str, dict[str, int]] = {
+DIVIDED: dict[str, dict[str, Any]] = {
     "tp2": {"tp_size": 2}, "ep2": {"tp_size": 2, "ep_size": 2},
-    "replicas": {"tp_size": 2, "ep_size": 2, "attn_dp_size": 2}}
-"""Two processes with half of each tensor, half of the experts, or half of the experts and all of attention."""
+    "replicas": {"tp_size": 2, "ep_size": 2, "attn_dp_size": 2, "sleep_on_idle": False}}
+"""Two processes with half of each tensor, half of the experts, or half of the experts and all of attention. Replicas
+that sleep are a second late."""
 ENVIRONMENT = {"PYTHONPATH": str(STAND_INS), "SGLANG_USE_CPU_ENGINE": "1", "HF_HUB_OFFLINE": "1",
                "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "TORCH_COMPILE_DISABLE": "1"}
 
@@ -50,10 +51,10 @@ def start(model: Path, logs: Path, *, name: str = "engine-0",
                                routed_experts=routed_experts)
 
 
-def start_on_two(model: Path, logs: Path, **options: Any) -> tuple[SGLangEngine, Member]:
+def start_on_two(model: Path, logs: Path, divided: str, **options: Any) -> tuple[SGLangEngine, Member]:
     """An engine with half of its ranks on each of two machines, for which addresses of the loopback stand; and the part
     on the second."""
-    config = config_of(args=ARGS | {"tp_size": 2}, environment=ENVIRONMENT | {"SGLANG_CPU_OMP_THREADS_BIND": "0"},
+    config = config_of(args=ARGS | DIVIDED[divided], environment=ENVIRONMENT | {"SGLANG_CPU_OMP_THREADS_BIND": "0"},
                        **options)
     common = {"model_path": str(model), "config": config, "logs": str(logs), "load_weights": True,
               "routed_experts": False, "device": 0, "meeting": Meeting("127.0.0.2", free_port(), 2)}

@@ -39,9 +39,9 @@ KV_TOKENS = 4096
 
 @pytest.fixture(scope="module")
 def case(models, tmp_path_factory):
-    """It takes two cores to wait, and does not outlive these tests. A replica that sleeps is a second late."""
+    """It takes two cores to wait, and does not outlive these tests."""
     started = start(models["moe"], tmp_path_factory.mktemp("logs"), routed_experts=True,
-                    args=ARGS | DIVIDED["replicas"] | {"max_total_tokens": KV_TOKENS, "sleep_on_idle": False},
+                    args=ARGS | DIVIDED["replicas"] | {"max_total_tokens": KV_TOKENS},
                     environment=ENVIRONMENT | {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"})
     yield started, "moe"
     started.close()
