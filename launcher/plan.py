@@ -17,6 +17,7 @@ from megatron_pbsd.learner.cost import Cost
 from megatron_pbsd.memory_account import engine_bytes, has_value_head
 from megatron_pbsd.models import family, sglang
 from megatron_pbsd.models.decoder import hf_tensors
+from megatron_pbsd.models.footprint import server_kv
 from megatron_pbsd.models.shape import config_of
 from megatron_pbsd.planning import memory, rollout_time
 from megatron_pbsd.planning.activations import Kernels
@@ -28,6 +29,8 @@ from megatron_pbsd.platform.cpu import Cpu
 
 ON_GPUS, ON_CPUS = memory.Numerics(), memory.Numerics(parameter=4, master=0, divided=False, kernels=Kernels(4, False))
 SIZES = ("tp", "pp", "vpp", "cp", "dp", "ep", "etp")
+WORTH_SAYING = 0.9
+"""Of the seconds of rollouts, what is left by other engines that are advised."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,7 @@ class Found:
     fleet: Fleet | None
     rows: tuple[Row, ...]
     problems: tuple[str, ...]
+    advice: tuple[str, ...]
     fitting: int
     tried: int
     seconds: float
@@ -106,7 +110,8 @@ def plan(path: str | Path, overrides: Sequence[str], options: Options) -> Found:
     if not fitting:
         problems += _nothing_fits(question, candidates)
     timed = _timed(rows, question, fleet, generated)
-    return Found(question, fleet, tuple(timed), tuple(problems), len(fitting), len(candidates),
+    advice = _more_replicas(question, fleet, timed[0], generated) if timed else []
+    return Found(question, fleet, tuple(timed), tuple(problems), tuple(advice), len(fitting), len(candidates),
                  time.perf_counter() - started)
 
 
@@ -208,6 +213,29 @@ def _other_engines(question: Question, candidate: Candidate) -> list[str]:
     return found
 
 
+def _more_replicas(question: Question, fleet: Fleet | None, row: Row, mean: int) -> list[str]:
+    """Replicas of attention that would make rollouts faster, where KV of a token is on several ranks."""
+    rollout, decoder = question.config.rollout, question.decoder
+    if fleet is None or fleet.server is None or row.rollout_s is None or rollout.speculation.enabled:
+        return []
+    seconds: dict[int, float] = {}
+    for times in (2, 4, 8, 16):
+        server = replace(fleet.server, dp_attention=times * fleet.server.dp_attention)
+        if sglang.problems(decoder, server) or server_kv(decoder, server) > server_kv(decoder, fleet.server):
+            break
+        engine = memory.sglang_engine(decoder, server, rollout.sglang.args, question.cluster.gpu, rollout.slots,
+                                      question.numerics.parameter)
+        if engine.kv_tokens >= rollout.max_context and evaluate(
+                replace(question, engine=engine), row.candidate.layout).fits:
+            seconds[server.dp_attention] = rollout_time.rollout_seconds(
+                rollout, decoder, replace(fleet, engine=engine, server=server), question.cluster, mean)
+    enough = next((replicas for replicas, took in seconds.items() if took <= 1.02 * min(seconds.values())), None)
+    if enough is None or seconds[enough] > WORTH_SAYING * row.rollout_s:
+        return []
+    return [f"rollouts would take {seconds[enough]:,.1f} s in place of {row.rollout_s:,.1f} with rollout.sglang.args "
+            f"attn_dp_size: {enough}, and the {row.name} layout fit: KV of a token would be on fewer ranks"]
+
+
 def _lacking(question: Question, row: Row) -> list[str]:
     if row.candidate.fits:
         return []
@@ -242,7 +270,7 @@ def as_json(found: Found) -> dict[str, Any]:
     named = {row.name: row for row in found.rows}
     configured = named.get("configured")
     return {
-        "seconds": round(found.seconds, 3), "problems": list(found.problems),
+        "seconds": round(found.seconds, 3), "problems": list(found.problems), "advice": list(found.advice),
         "gpus": found.question.cluster.count, "gpu_gb": found.question.cluster.gpu.memory / 1e9,
         "room_gb": found.question.cluster.available / 1e9, "colocated": found.question.colocated,
         "tried": found.tried, "fitting": found.fitting,
@@ -304,6 +332,8 @@ def print_plan(found: Found) -> None:
     for first, *others in table:
         print("  ".join((first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(others, widths[1:])))))
     print(_why(found))
+    for advice in found.advice:
+        print(f"advice: {advice}")
 
 
 def _why(found: Found) -> str:

@@ -80,6 +80,27 @@ def test_servers_that_are_too_small_are_named(tmp_path):
     assert any("its weights take" in problem and "tp_size" in problem for problem in found.problems)
 
 
+def test_replicas_of_attention_are_advised_where_kv_is_copied_and_too_little(tmp_path, capsys):
+    """Four key-value heads on eight ranks: two replicas have twice the room in the same memory, four divide no more."""
+    def planned(*overrides):
+        path = write(tmp_path, QWEN3_30B, parallel={"world_size": 16, "tp": 4, "ep": 8},
+                     engine={"tp_size": 8, "max_total_tokens": 65536})
+        main(["plan", str(path), "--json", *overrides])
+        return json.loads(capsys.readouterr().out)
+
+    found = planned()
+    (advice,) = found["advice"]
+    said = re.fullmatch(r"rollouts would take ([\d.]+) s in place of ([\d.]+) with rollout.sglang.args "
+                        "attn_dp_size: 2, and the configured layout fit: .*", advice)
+    taken = found["configured"]["step_s_by_part"]["rollout"]
+    more = planned("--rollout.sglang.args.attn_dp_size", "2")
+    assert float(said[2]) == pytest.approx(taken, abs=0.1) and float(said[1]) < 0.9 * taken
+    assert float(said[1]) == pytest.approx(more["configured"]["step_s_by_part"]["rollout"], abs=0.1)
+    assert more["configured"]["fits"] and more["advice"] == []
+    # Where all have room already there is nothing to gain.
+    assert planned("--rollout.sglang.args.max_total_tokens", "1000000")["advice"] == []
+
+
 def test_json_and_the_table_have_the_same(tmp_path, capsys):
     path = qwen(tmp_path, ep=8)
     assert main(["plan", str(path), "--json", "--gpus=16", "--learner.recompute", "full"]) == 0
