@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_pbsd.resharding.manifest import checksum
+from megatron_pbsd.resharding.checksum import checksum
 from megatron_pbsd.rollout.engines.protocol import MEMORY_TAGS, Chunk, ChunkResult, Engine, EngineError
 
 NUMBERS = count()

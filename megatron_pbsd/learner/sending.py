@@ -14,7 +14,7 @@ from megatron_pbsd.models.sglang import ServerParallel
 from megatron_pbsd.platform.process_group import GroupPlace, WeightsGroup
 from megatron_pbsd.resharding.arrival import payload
 from megatron_pbsd.resharding.block_scale import in_8_bits
-from megatron_pbsd.resharding.manifest import checksum
+from megatron_pbsd.resharding.checksum import checksum
 from megatron_pbsd.resharding.shares import Shares, parts, shares_of
 from megatron_pbsd.resharding.stream import SLOTS, Bucket, Described, Parts, end_to_end, sent_by, tensors_in, unpack
 from megatron_pbsd.resharding.wire import FLOAT8

@@ -14,7 +14,8 @@ from megatron_pbsd.models.decoder import initial_value
 from megatron_pbsd.models.errors import ModelError
 from megatron_pbsd.models.parameters import ParameterMap, Piece, local_shape
 from megatron_pbsd.resharding.block_scale import same
-from megatron_pbsd.resharding.manifest import WeightsManifest, checksum
+from megatron_pbsd.resharding.checksum import checksum
+from megatron_pbsd.resharding.manifest import WeightsManifest
 from megatron_pbsd.resharding.shared_memory import attach
 
 VALUE_HEAD = "value_head."

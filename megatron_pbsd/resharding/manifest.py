@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 
@@ -62,11 +60,3 @@ def layout(
 def view(flat: torch.Tensor, entry: TensorEntry) -> torch.Tensor:
     """The entry's part of the buffer `flat` (uint8 [nbytes]) as a tensor that shares its memory."""
     return flat[entry.offset : entry.offset + entry.nbytes].view(getattr(torch, entry.dtype)).view(entry.shape)
-
-
-def checksum(tensor: torch.Tensor) -> str:
-    """128-bit BLAKE2b of dtype, shape and bytes: equal exactly when the tensors are bit-identical."""
-    data = tensor.detach().contiguous().cpu()
-    digest = hashlib.blake2b(f"{data.dtype}{tuple(data.shape)}".encode(), digest_size=16)
-    digest.update(np.ascontiguousarray(data.reshape(-1).view(torch.uint8).numpy()).data)
-    return digest.hexdigest()

@@ -18,7 +18,8 @@ from typing import Any, Protocol
 import torch
 
 from megatron_pbsd.errors import PbsdError
-from megatron_pbsd.resharding.manifest import WeightsManifest, checksum
+from megatron_pbsd.resharding.checksum import checksum
+from megatron_pbsd.resharding.manifest import WeightsManifest
 from megatron_pbsd.resharding.plan import Plan
 from megatron_pbsd.resharding.shared_memory import Mappings, attach
 from megatron_pbsd.resharding.stream import Bucket, Buckets, Described, Wait, overlapped

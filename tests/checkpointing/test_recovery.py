@@ -22,7 +22,8 @@ from megatron_pbsd.checkpointing.store import CheckpointStore
 from megatron_pbsd.environments.protocol import Task
 from megatron_pbsd.errors import UsageError
 from megatron_pbsd.prompts import Stream, position
-from megatron_pbsd.resharding.manifest import checksum, layout
+from megatron_pbsd.resharding.checksum import checksum
+from megatron_pbsd.resharding.manifest import layout
 from megatron_pbsd.resharding.publication import Published
 from megatron_pbsd.resharding.shared_memory import Segment, attach
 from megatron_pbsd.resume import Start, find_start, leaving_weights

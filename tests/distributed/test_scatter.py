@@ -11,7 +11,7 @@ from megatron_pbsd.models.parameters import local_shape
 from megatron_pbsd.models.sglang import ServerParallel, pieces
 from megatron_pbsd.platform.process_group import GroupPlace, WeightsGroup
 from megatron_pbsd.ports import free_port
-from megatron_pbsd.resharding.manifest import checksum
+from megatron_pbsd.resharding.checksum import checksum
 from megatron_pbsd.resharding.shares import shares_of
 from megatron_pbsd.resharding.stream import messages, plan_for
 from megatron_pbsd.rollout.engines.sglang.inside import pbsd_weights

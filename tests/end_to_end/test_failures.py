@@ -15,7 +15,7 @@ from pbsd_process import INLINE, SMALL, is_alive, none_left
 from safetensors.torch import load_file
 from small_disk import small_disk
 
-from megatron_pbsd.resharding.manifest import checksum
+from megatron_pbsd.resharding.checksum import checksum
 from megatron_pbsd.resharding.publication import Published
 
 UNDISTURBED = (*SMALL, "--steps", "16", "--checkpoint.every", "0", "--rollout.policy", "longest_remaining")

@@ -15,7 +15,7 @@ from megatron_pbsd.checkpointing.manifest import Contents
 from megatron_pbsd.checkpointing.store import CheckpointStore
 from megatron_pbsd.checkpointing.torch_dist import writer_name
 from megatron_pbsd.config import CheckpointConfig
-from megatron_pbsd.resharding.manifest import checksum
+from megatron_pbsd.resharding.checksum import checksum
 
 POLICY = {"keep": 1, "keep_every": 2, "best": {"metric": "eval/f1"}}
 

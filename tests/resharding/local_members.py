@@ -14,7 +14,8 @@ from megatron_pbsd.models.decoder import Decoder
 from megatron_pbsd.models.mapping import pieces
 from megatron_pbsd.models.parameters import coordinates, local_shape
 from megatron_pbsd.resharding.block_scale import same
-from megatron_pbsd.resharding.manifest import WeightsManifest, checksum
+from megatron_pbsd.resharding.checksum import checksum
+from megatron_pbsd.resharding.manifest import WeightsManifest
 from megatron_pbsd.resharding.shared_memory import attach
 
 ONE = ParallelConfig(world_size=1, tp=1, pp=1)

@@ -14,8 +14,9 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from megatron_pbsd.errors import PbsdError
 from megatron_pbsd.models import family
 from megatron_pbsd.resharding import shared_folder, shared_memory
+from megatron_pbsd.resharding.checksum import checksum
 from megatron_pbsd.resharding.disk import DiskTransport
-from megatron_pbsd.resharding.manifest import checksum, layout
+from megatron_pbsd.resharding.manifest import layout
 from megatron_pbsd.resharding.publication import PublicationError, Publisher
 from megatron_pbsd.resharding.shared_memory import Segment, attach
 from megatron_pbsd.resharding.stream import plan_for

@@ -13,7 +13,7 @@ from tiny_models import make_tiny
 from megatron_pbsd.components import build_engine, build_transport, start_learner
 from megatron_pbsd.config import RunConfig
 from megatron_pbsd.controller.failures import ComponentDied
-from megatron_pbsd.resharding.manifest import checksum
+from megatron_pbsd.resharding.checksum import checksum
 from megatron_pbsd.resharding.publication import Publisher
 from megatron_pbsd.rollout.engine_group import EngineGroup
 

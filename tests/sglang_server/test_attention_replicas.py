@@ -30,9 +30,10 @@ from sglang_server.test_transports import fewest, log_probs, other, world_of
 
 from megatron_pbsd.models.sglang import server_of
 from megatron_pbsd.resharding.broadcast import CollectiveTransport
+from megatron_pbsd.resharding.checksum import checksum
 from megatron_pbsd.resharding.disk import DiskTransport
-from megatron_pbsd.resharding.manifest import checksum
 from megatron_pbsd.resharding.transport import BucketsTransport, SegmentTransport
+from megatron_pbsd.rollout.engines.sglang.weights import payload, where
 
 KV_TOKENS = 4096
 
@@ -68,6 +69,18 @@ def test_a_chunk_is_aborted_wherever_it_runs(engine, model):  # noqa: F811
     for each, result in zip(chunks, drain(engine).values(), strict=True):
         assert result.finish_reason == "abort" and len(result.tokens) < 90
         assert result.tokens == greedy(model, each.tokens, 1 + len(result.tokens))[:-1]
+
+
+def test_a_replica_with_other_weights_is_told(engine, tensors, publish, restored):  # noqa: F811
+    name = "model.layers.0.self_attn.q_proj.weight"
+    given = [publish({name: tensors[name]}), publish({name: tensors[name] + 1})]
+    with engine._weights._session(busy=False), engine._weights._folder() as folder:
+        engine._server.post("/update_weights_from_tensor", {
+            "serialized_named_tensors": [payload({**where(each), "report": str(folder / "rank")}) for each in given],
+            "load_format": "pbsd_weights.take", "selector": "target", "flush_cache": True})
+    held = engine.checksums()
+    assert held.pop(name) == "ranks 0 and 1 have different versions of the same part"
+    assert held == {other: checksum(tensor) for other, tensor in tensors.items() if other != name}
 
 
 @pytest.mark.parametrize("kind", [SegmentTransport, BucketsTransport, CollectiveTransport, DiskTransport])

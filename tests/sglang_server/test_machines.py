@@ -19,8 +19,8 @@ from megatron_pbsd.models import family
 from megatron_pbsd.models.sglang import server_of
 from megatron_pbsd.ports import free_port
 from megatron_pbsd.resharding.broadcast import CollectiveTransport
+from megatron_pbsd.resharding.checksum import checksum
 from megatron_pbsd.resharding.disk import DiskTransport
-from megatron_pbsd.resharding.manifest import checksum
 from megatron_pbsd.resharding.shared_memory import attach
 from megatron_pbsd.resharding.stream import plan_for
 from megatron_pbsd.rollout.engines.protocol import MEMORY_TAGS, EngineDied

@@ -11,7 +11,7 @@ from engine_sleep import *  # noqa: F403  sleep, wake and interrupt
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from megatron_pbsd.resharding.manifest import checksum
+from megatron_pbsd.resharding.checksum import checksum
 from megatron_pbsd.resharding.shared_memory import attach
 from megatron_pbsd.rollout.engines.protocol import Chunk, ChunkResult, Engine, EngineError
 from megatron_pbsd.trajectory import VersionSpan

@@ -6,7 +6,7 @@ import torch
 from engine_sleep import CONTEXT, asked, expected, finished
 from safetensors.torch import load_file
 
-from megatron_pbsd.resharding.manifest import checksum
+from megatron_pbsd.resharding.checksum import checksum
 from megatron_pbsd.rollout.engines.protocol import MEMORY_TAGS
 
 

@@ -239,7 +239,7 @@ class Engine(Protocol):
         """Bytes that it holds now, by tag; and what its processes use, if it computes on a CPU."""
 
     def checksums(self) -> dict[str, str]:
-        """HF tensor name → checksum of the bytes the engine computes with (resharding.manifest.checksum)."""
+        """HF tensor name → checksum of the bytes the engine computes with (resharding.checksum)."""
 
     def score(self, sequences: Sequence[Sequence[int]]) -> list[np.ndarray]:
         """Log-prob of each token given its predecessors, float32 [T_i]; position 0 is 0. Uses no cache."""

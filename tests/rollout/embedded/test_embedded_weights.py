@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_pbsd.resharding.manifest import checksum
+from megatron_pbsd.resharding.checksum import checksum
 from megatron_pbsd.resharding.shared_memory import attach
 from megatron_pbsd.rollout.engines.protocol import Chunk, EngineError
 from megatron_pbsd.trajectory import VersionSpan

@@ -8,11 +8,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from megatron_pbsd.resharding.checksum import checksum, part_sums
 from megatron_pbsd.resharding.manifest import layout
 from megatron_pbsd.resharding.shared_memory import Segment, attach
 from megatron_pbsd.resharding.shares import Share
 from megatron_pbsd.rollout.engines.sglang.inside import pbsd_weights
-from megatron_pbsd.rollout.engines.sglang.weights import where, written
+from megatron_pbsd.rollout.engines.sglang.weights import held_parts, together, where, written
 
 SHAPES = {"gate": (6, 4), "up": (6, 4), "down": (4, 6), "norm": (4,)}
 ROWS, HALF = (slice(0, 3), slice(0, 4)), (slice(3, 6), slice(0, 4))
@@ -87,6 +88,9 @@ def test_shares_are_taken_and_counted(tmp_path, tensors, stored):
     assert all(torch.equal(model.state_dict()[name], value) for name, value in expected.state_dict().items())
     assert model.derived is None and asked("finish", model, tmp_path, layout("", {}))["problems"] == []
     assert torch.equal(model.derived, tensors["norm"] * 2)
+    sums = asked("sums", model, tmp_path, layout("", {}), names=["gate", "down"])["sums"]
+    assert sums == [["gate", 12, [3, 4], [4, 1], *part_sums(tensors["gate"][3:], (6, 4), 12, (4, 1))],
+                    ["down", 3, [4, 3], [6, 1], *part_sums(tensors["down"][:, 3:], (4, 6), 3, (6, 1))]]
 
 
 @pytest.mark.parametrize(("shares", "words"), [
@@ -115,3 +119,31 @@ def test_copies_that_are_cut_otherwise_are_the_same(tmp_path):
     whole = pbsd_weights.Piece(model.gate_up.data, "x", 0, (6, 4), (4, 1))
     assert whole.copy == pbsd_weights.Piece(model.gate_up.data.view(24), "x", 0, (24,), (1,)).copy
     assert whole.copy != pbsd_weights.Piece(model.gate_up.data, "x", 0, (6, 4), (1, 6)).copy
+
+
+def reported(*parts):
+    """What a rank says of these parts of a tensor 'x' of its own."""
+    return {"sums": [["x", part.storage_offset(), list(part.shape), list(part.stride()),
+                      *part_sums(part, (6, 4), part.storage_offset(), part.stride())] for part in parts]}
+
+
+def test_parts_of_ranks_make_a_checksum():
+    """Also where ranks have the same part, in as many dimensions as they like."""
+    x = torch.randn(6, 4)
+    cut = held_parts([reported(x[:3]), reported(x[3:, :1], x[3:, 1:]), reported(x[None, :3]), reported(x[:0])])
+    assert together(cut["x"], "float32", (6, 4)) == checksum(x)
+
+
+def test_parts_that_say_nothing_of_the_whole():
+    """One is missing; one is there that overlaps with others."""
+    x = torch.randn(6, 4)
+    for ranks in ([reported(x[:3])], [reported(x[:3]), reported(x[2:])], [reported(x), reported(x[:1])], []):
+        assert together(held_parts(ranks).get("x", ()), "float32", (6, 4)) is None
+
+
+def test_ranks_that_have_different_versions_of_a_part_are_told():
+    x = torch.randn(6, 4)
+    other = x.clone()
+    other[0, 0] += 1
+    parts = held_parts([reported(x[:3]), reported(x[3:]), reported(other[:3])])
+    assert together(parts["x"], "float32", (6, 4)) == "ranks 0 and 2 have different versions of the same part"

@@ -13,7 +13,8 @@ import torch
 from megatron_pbsd.platform.process_group import GroupPlace
 from megatron_pbsd.platform.usage import MemoryUse, give_back_freed, of_process
 from megatron_pbsd.resharding.arrival import Arrivals, Arriving
-from megatron_pbsd.resharding.manifest import WeightsManifest, checksum
+from megatron_pbsd.resharding.checksum import checksum
+from megatron_pbsd.resharding.manifest import WeightsManifest
 from megatron_pbsd.resharding.stream import Described
 from megatron_pbsd.rollout.drafting.draft_tree import NO_DRAFT, ROOT
 from megatron_pbsd.rollout.engines.embedded.kv_cache import SlotCache

@@ -17,7 +17,7 @@ from megatron_pbsd.models.sglang import server_of
 from megatron_pbsd.rollout.engines.protocol import EngineError
 from megatron_pbsd.rollout.engines.sglang.processes import INSIDE
 
-LOADERS = [f"pbsd_weights.{name}" for name in ("place", "load", "take", "receive", "finish", "read")]
+LOADERS = [f"pbsd_weights.{name}" for name in ("place", "load", "take", "receive", "finish", "read", "sums")]
 DRAFTING = {"speculative_algorithm": "PBSD_GROUP", "disable_overlap_schedule": True}
 """`inside/pbsd_drafting.py`. Drafts follow the newest tokens: a pass is scheduled when the one before has ended."""
 CONTEXT_MARGIN = 8

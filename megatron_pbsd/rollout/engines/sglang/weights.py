@@ -19,6 +19,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,8 @@ from megatron_pbsd.models.errors import ModelError
 from megatron_pbsd.models.sglang import ServerParallel
 from megatron_pbsd.platform.process_group import GroupPlace
 from megatron_pbsd.resharding.arrival import Arriving, Broadcast, Mapped, Scattered, TensorFile
-from megatron_pbsd.resharding.manifest import WeightsManifest, checksum, layout
+from megatron_pbsd.resharding.checksum import MODULUS, checksum, named, ones
+from megatron_pbsd.resharding.manifest import WeightsManifest, layout
 from megatron_pbsd.resharding.shared_folder import sweep
 from megatron_pbsd.resharding.shared_memory import ROOT, attach
 from megatron_pbsd.resharding.shares import Share, Shares, shares_of
@@ -40,7 +42,6 @@ from megatron_pbsd.rollout.engines.sglang.client import Refused
 from megatron_pbsd.rollout.engines.sglang.replies import WeightsName
 from megatron_pbsd.rollout.engines.sglang.server import Server
 
-READ_BYTES = 256 << 20
 NOTHING_CAME = "Failed to receive weights"
 
 
@@ -130,16 +131,21 @@ class ServerWeights:
         with self._session(busy):
             self._read(attach(manifest))
 
-    def checksums(self, *, busy: bool, nbytes: int = READ_BYTES) -> dict[str, str]:
-        """Of the server's parameters, by tensor. Takes `nbytes` of memory meanwhile, or as much as the largest tensor,
-        and files of what each process has of it."""
-        found: dict[str, str] = {}
+    def checksums(self, *, busy: bool) -> dict[str, str]:
+        """Of the server's parameters, by tensor: each process adds up what it has. Of a tensor of which two processes
+        have another version of the same part, it says so instead."""
         with self._session(busy):
-            for part in parts(self.tensors, nbytes):
-                tensors = {name: torch.empty(shape, dtype=getattr(torch, dtype)) for name, (dtype, shape)
-                           in part.items()}
-                self._read(tensors)
-                found |= {name: checksum(tensor) for name, tensor in tensors.items()}
+            reports = self._ask("sums", layout("", {}), names=list(self.tensors))
+            if problems := [problem for report in reports for problem in report["problems"]]:
+                raise ValueError("; ".join(dict.fromkeys(problems)))
+            held = held_parts(reports)
+            found = {name: together(held.get(name, ()), dtype, shape) for name, (dtype, shape) in self.tensors.items()}
+            # Parts that neither tile a tensor nor are the same.
+            for name in [name for name, value in found.items() if value is None]:
+                dtype, shape = self.tensors[name]
+                tensor = torch.empty(shape, dtype=getattr(torch, dtype))
+                self._read({name: tensor})
+                found[name] = checksum(tensor)
         return found
 
     def _read(self, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -256,18 +262,40 @@ class ServerWeights:
         return reports
 
 
-def parts(tensors: Described, nbytes: int) -> Iterator[dict[str, tuple[str, tuple[int, ...]]]]:
-    """Tensors that together take `nbytes` at most, or one that takes more."""
-    part: dict[str, tuple[str, tuple[int, ...]]] = {}
-    size = 0
-    for name, what in tensors.items():
-        needed = layout("", {name: what}).nbytes
-        if part and size + needed > nbytes:
-            yield part
-            part, size = {}, 0
-        part[name], size = what, size + needed
-    if part:
-        yield part
+@dataclass(frozen=True)
+class HeldPart:
+    """A part of a tensor that ranks have, and the sums of its bits and of ones (`resharding.checksum.part_sums`).
+
+    place: offset, shape and strides of it in the tensor.
+    """
+
+    rank: int
+    place: tuple[Any, ...]
+    bits: int
+    ones: int
+
+
+def held_parts(reports: Sequence[Mapping[str, Any]]) -> dict[str, list[HeldPart]]:
+    """By tensor."""
+    found: dict[str, list[HeldPart]] = {}
+    for rank, report in enumerate(reports):
+        for name, offset, shape, stride, bits, number in report["sums"]:
+            axes = [(size, step) for size, step in zip(shape, stride, strict=True) if size != 1]
+            if 0 not in shape:
+                found.setdefault(name, []).append(HeldPart(rank, (offset, tuple(axes)), bits, number))
+    return found
+
+
+def together(parts: Sequence[HeldPart], dtype: str, shape: Sequence[int]) -> str | None:
+    """The tensor's checksum; None when its parts do not tell, because they overlap or leave something out."""
+    first: dict[tuple[Any, ...], HeldPart] = {}
+    for part in parts:
+        same = first.setdefault(part.place, part)
+        if same.bits != part.bits:
+            return f"ranks {same.rank} and {part.rank} have different versions of the same part"
+    if sum(part.ones for part in first.values()) % MODULUS != ones(shape):
+        return None
+    return named(getattr(torch, dtype), shape, sum(part.bits for part in first.values()))
 
 
 def where(given: WeightsManifest | TensorFile) -> dict[str, Any]:

@@ -8,7 +8,7 @@ is asked for, as JSON:
     {"file": path of a safetensors file, "names": [of its tensors], "report": path}, for `load` and `take` too
     … "shares": [path of each rank's shares, [[tensor, box, parameter, place], …]], for `place`, or none
     … "group": name of a torch.distributed group, for `receive`
-    … "names": [of tensors], "parts": path, for `read`
+    … "names": [of tensors], "parts": path, for `read`; "names" alone, for `sums`
 
 Every rank maps the file and takes its part of each tensor out of it. What it has of tensors it writes to
 `<parts>.<rank>`: ranks on other machines cannot write into the same memory. A function that raises ends the server, so
@@ -17,7 +17,8 @@ these report instead: `<report>.<rank>` holds
     {"problems": […], "taken": bytes,
      "tensors": [names that `place` was given], "dtypes": {those that this rank has a part of: dtype},
      "otherwise": [how the model's own loader differs from the shares], "derives": whether `finish` has to be called,
-     "parts": [[tensor, offset, shape, stride] of what `read` has written]}
+     "parts": [[tensor, offset, shape, stride] of what `read` has written],
+     "sums": [[tensor, offset, shape, stride, sum, sum of ones] of what this rank has (resharding/checksum.py)]}
 
 Where a checkpoint's tensors lie in the model's (fused) parameters only the model's own `load_weights` knows. `place`
 watches it while it copies nothing: each copy that it would have made pairs a part of a parameter with a part of a
@@ -27,10 +28,12 @@ tensor[box]: when they are the same copies, `take` and `receive` make them, with
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -64,6 +67,11 @@ def finish(model, named_tensors):
 def read(model, named_tensors):
     """Write what this rank has of these tensors into a file of its own."""
     _reported(model, named_tensors, _read)
+
+
+def sums(model, named_tensors):
+    """Add up the bits of what this rank has of these tensors."""
+    _reported(model, named_tensors, _sums)
 
 
 def _reported(model, named_tensors, act):
@@ -149,6 +157,22 @@ def _read(model, request):
     return {"parts": [[piece.name, piece.offset, piece.shape, piece.stride] for piece in pieces]}
 
 
+def _sums(model, request):
+    names, of = set(request["names"]), _checksum().part_sums
+    return {"sums": [[piece.name, piece.offset, piece.shape, piece.stride,
+                      *of(piece.parameter, model.pbsd_shapes[piece.name], piece.offset, piece.stride)]
+                     for piece in model.pbsd_pieces if piece.name in names]}
+
+
+def _checksum():
+    """The project's module, which needs torch alone."""
+    path = Path(__file__).parents[4] / "resharding" / "checksum.py"
+    spec = importlib.util.spec_from_file_location("pbsd_checksum", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def _place(model, request):
     # Storages of their own tell which tensor a part is of. They are never touched, and so take no memory.
     sources = {name: torch.empty(shape, dtype=getattr(torch, dtype)) for name, dtype, shape, _ in request["entries"]}
@@ -161,6 +185,7 @@ def _place(model, request):
         problems.append(f"it refuses tensor {copies.last!r} or the one after it: "
                         f"{type(error).__name__}: {error}".rstrip(": "))
     model.pbsd_pieces = copies.pieces
+    model.pbsd_shapes = {name: tuple(shape) for name, _, shape, _ in request["entries"]}
     problems += copies.faults
     if not problems:
         # A parameter may be larger than what belongs there: sizes are rounded up for kernels.
