@@ -28,7 +28,7 @@ UNPREDICTED = (
     "activations and logits of the learner's passes and of the engines', what allocators keep of them",
     "interpreters, libraries, CUDA contexts, buffers of collectives",
     "the reference engine of a KL penalty, and the environment",
-    "copies that a checkpoint in the background makes, and of SGLang servers' weights while they are compared",
+    "copies that a checkpoint in the background makes",
 )
 FLOAT32, STEP = 4, 4
 """torch's Adam counts its steps in a float32 for each parameter."""
