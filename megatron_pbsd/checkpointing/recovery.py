@@ -1,7 +1,7 @@
 """Weights that were read back from the engines when the learner was lost, beside the run's checkpoints.
 
     <checkpoints>/recovered/…               a Hugging Face folder
-    <checkpoints>/recovered/tensors.json    each tensor's checksum (resharding/manifest.py) from when it was published
+    <checkpoints>/recovered/tensors.json    each tensor's checksum (resharding/checksum.py) from when it was published
     <checkpoints>/recovered/manifest.json   after which step these are the weights; every file's size and checksum
     <checkpoints>/recovered_step_7/…        was `recovered`, until a run went on from a checkpoint alone
 
@@ -33,7 +33,7 @@ from megatron_pbsd.checkpointing.manifest import (
     read_manifest,
     write_manifest,
 )
-from megatron_pbsd.resharding import manifest as published
+from megatron_pbsd.resharding import checksum as published
 
 RECOVERED = "recovered"
 DRAFT = f"{RECOVERED}.new"
