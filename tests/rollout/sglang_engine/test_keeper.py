@@ -25,7 +25,7 @@ def kept(folder, code=SERVER) -> list[str]:
 
 def gone(pids: list[int]) -> bool:
     end = time.monotonic() + 20
-    while alive := [pid for pid in pids if runs(pid)]:
+    while any(map(runs, pids)):
         if time.monotonic() > end:
             return False
         time.sleep(0.1)
