@@ -51,10 +51,10 @@ def start(model: Path, logs: Path, *, name: str = "engine-0",
                                routed_experts=routed_experts)
 
 
-def start_on_two(model: Path, logs: Path, divided: str, **options: Any) -> tuple[SGLangEngine, Member]:
+def start_on_two(model: Path, logs: Path, **options: Any) -> tuple[SGLangEngine, Member]:
     """An engine with half of its ranks on each of two machines, for which addresses of the loopback stand; and the part
     on the second."""
-    config = config_of(args=ARGS | DIVIDED[divided], environment=ENVIRONMENT | {"SGLANG_CPU_OMP_THREADS_BIND": "0"},
+    config = config_of(args=ARGS | DIVIDED["tp2"], environment=ENVIRONMENT | {"SGLANG_CPU_OMP_THREADS_BIND": "0"},
                        **options)
     common = {"model_path": str(model), "config": config, "logs": str(logs), "load_weights": True,
               "routed_experts": False, "device": 0, "meeting": Meeting("127.0.0.2", free_port(), 2)}
