@@ -29,8 +29,9 @@ from megatron_pbsd.platform.cpu import Cpu
 
 ON_GPUS, ON_CPUS = memory.Numerics(), memory.Numerics(parameter=4, master=0, divided=False, kernels=Kernels(4, False))
 SIZES = ("tp", "pp", "vpp", "cp", "dp", "ep", "etp")
-WORTH_SAYING = 0.9
-"""Of the seconds of rollouts, what is left by other engines that are advised."""
+WORTH_SAYING, AS_GOOD = 0.9, 1.02
+"""Other engines are advised if rollouts take at most this part of the time; the smallest change that is as good to
+within this factor."""
 
 
 @dataclass(frozen=True)
@@ -229,7 +230,7 @@ def _more_replicas(question: Question, fleet: Fleet | None, row: Row, mean: int)
                 replace(question, engine=engine), row.candidate.layout).fits:
             seconds[server.dp_attention] = rollout_time.rollout_seconds(
                 rollout, decoder, replace(fleet, engine=engine, server=server), question.cluster, mean)
-    enough = next((replicas for replicas, took in seconds.items() if took <= 1.02 * min(seconds.values())), None)
+    enough = next((replicas for replicas, took in seconds.items() if took <= AS_GOOD * min(seconds.values())), None)
     if enough is None or seconds[enough] > WORTH_SAYING * row.rollout_s:
         return []
     return [f"rollouts would take {seconds[enough]:,.1f} s in place of {row.rollout_s:,.1f} with rollout.sglang.args "

@@ -131,7 +131,7 @@ def learner_bytes(
 @dataclass(frozen=True)
 class Engine:
     """A GPU of an engine. held: bytes by the tags of the engines' memory. graphs: of CUDA graphs, which stay.
-    kv_tokens: of which each replica of attention has room for KV."""
+    kv_tokens: of which each of its `replicas` of attention has room for KV."""
 
     gpus: int
     held: Mapping[str, float]

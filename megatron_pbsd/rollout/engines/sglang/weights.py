@@ -140,7 +140,7 @@ class ServerWeights:
                 raise ValueError("; ".join(dict.fromkeys(problems)))
             held = held_parts(reports)
             found = {name: together(held.get(name, ()), dtype, shape) for name, (dtype, shape) in self.tensors.items()}
-            # Parts that neither tile a tensor nor are the same.
+            # Of a model that SGLang divides into parts which overlap, only tensors put together tell.
             for name in [name for name, value in found.items() if value is None]:
                 dtype, shape = self.tensors[name]
                 tensor = torch.empty(shape, dtype=getattr(torch, dtype))
