@@ -1,8 +1,7 @@
 """Sleep, wake and interrupt of the engine protocol: the same assertions for every engine.
 
 Whoever imports these tests has the fixtures `engine`, `model` (transformers' model of the same weights), `tensors` (of
-its checkpoint), `restored` (the engine has its first weights again afterwards; gives versions it has not had) and
-`with_weights` (a model like `model` of other tensors).
+its checkpoint) and `restored` (the engine has its first weights again afterwards; gives versions it has not had).
 """
 
 from __future__ import annotations
@@ -13,6 +12,8 @@ from itertools import count
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
 
 from megatron_pbsd.resharding.checksum import checksum
 from megatron_pbsd.rollout.engines.protocol import MEMORY_TAGS, Chunk, ChunkResult, Engine, EngineError
@@ -37,6 +38,17 @@ def expected(model, tokens, new) -> tuple[int, ...]:
         torch.tensor([tokens]), attention_mask=torch.ones(1, len(tokens), dtype=torch.long), max_new_tokens=new,
         do_sample=False, eos_token_id=None, pad_token_id=0)
     return tuple(generated[0, len(tokens):].tolist())
+
+
+@pytest.fixture
+def with_weights(model, tmp_path):
+    """A transformers model of the same kind with other weights."""
+    def load(tensors):
+        model.config.save_pretrained(tmp_path)
+        save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+        return AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
+
+    return load
 
 
 def test_a_context_is_read_again_after_its_kv_slept(engine, model):

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 import torch
 from engine_sleep import *  # noqa: F403  sleep, wake and interrupt
-from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from safetensors.torch import load_file
 
 from megatron_pbsd.resharding.checksum import checksum
 from megatron_pbsd.resharding.shared_memory import attach
@@ -88,17 +87,6 @@ def log_probs(model, tokens) -> np.ndarray:
 def changed(tensors, scale=0.05, seed=9) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return {name: t + scale * torch.randn(t.shape, generator=generator) for name, t in tensors.items()}
-
-
-@pytest.fixture
-def with_weights(model, tmp_path):
-    """A transformers model of the same kind with other weights."""
-    def load(tensors):
-        model.config.save_pretrained(tmp_path)
-        save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
-        return AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
-
-    return load
 
 
 def test_greedy_equals_generate(engine, model):

@@ -9,8 +9,7 @@ import pytest
 import torch
 from engine_sleep import *  # noqa: F403  the tests that every engine passes
 from engine_sleep import asked, finished
-from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from safetensors.torch import load_file
 
 from megatron_pbsd.resharding.shared_folder import SharedFolder
 from megatron_pbsd.rollout.engines.embedded.kv_pool import PoolPlace
@@ -35,16 +34,6 @@ def tensors(folders):
 @pytest.fixture
 def restored():
     return count(1)
-
-
-@pytest.fixture
-def with_weights(model, tmp_path):
-    def load(tensors):
-        model.config.save_pretrained(tmp_path)
-        save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
-        return AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
-
-    return load
 
 
 def storages(tensors) -> int:
